@@ -56,7 +56,7 @@ OS_NAMES = {
     "testing/crash.py": {"strerror"},
     "testing/fault.py": {"strerror"},
     "cli/context.py": {"environ"},
-    "cli/output.py": {"dup2", "open", "devnull", "O_WRONLY"},  # a closed pipe
+    "cli/output.py": {"dup2", "fdopen", "open", "devnull", "O_WRONLY"},  # a closed pipe, or no stream at all
 }
 
 
@@ -131,6 +131,63 @@ def test_only_the_directory_deletes_and_renames(module: Path) -> None:
         return
     attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not attributes & {"unlink", "rename", "rmtree"}
+
+
+def prints_of(tree: ast.AST) -> list[int]:
+    """The lines that write to a standard stream, or could: `print`, `typer.echo`, a console, `sys.stdout`."""
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            owner = getattr(getattr(node.func, "value", None), "id", "")
+            if name in {"echo", "secho", "Console"} or (name == "print" and owner not in {"out", "err"}):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Attribute) and node.attr.strip("_") in {"stdout", "stderr"}:
+            if isinstance(node.value, ast.Name) and node.value.id == "sys":
+                lines.append(node.lineno)
+        elif isinstance(node, ast.ImportFrom) and {alias.name for alias in node.names} & {
+            "stdout",
+            "stderr",
+            "echo",
+            "Console",
+        }:
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_only_one_module_prints(module: Path) -> None:
+    """It escapes what other programs wrote: names of files, events, answers of servers."""
+    if relative(module) != "cli/output.py":
+        assert not prints_of(ast.parse(module.read_text()))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "print(name)",
+        "typer.echo(name)",
+        "Console().print(name)",
+        "sys.stdout.write(name)",
+        "log(stream=sys.stderr)",
+        "sys.__stdout__.buffer.write(name)",
+        "from sys import stdout",
+        "from rich.console import Console",
+    ],
+)
+def test_every_form_of_printing_is_detected(text: str) -> None:
+    """Also what is only passed on."""
+    assert prints_of(ast.parse(text))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_every_log_line_passes_the_filter_that_escapes(module: Path) -> None:
+    """Only one logger has it, and a filter does not apply to the loggers below."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "getLogger" and node.args:
+            name = node.args[0]
+            relayed = relative(module) == "delivery/process/supervisor.py"  # the name that a child's record has
+            assert relayed or (isinstance(name, ast.Constant) and name.value == "pillarbox")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)

@@ -5,6 +5,7 @@
 outbox.py      what an application uses; codec.py (checks and encodes events), hooks.py, backpressure.py and flush.py help it
 event.py, outcome.py, settings.py, errors.py, stats.py   what it passes in and gets back
 clock.py, telemetry.py   time, and OpenTelemetry instruments
+escaping.py, redaction.py   keep control characters out of logs and terminals, and secrets out of messages
 store/         files on disk
 delivery/      reads batches and sends them; delivery/process/ does so in a child process
 sinks/         destinations, one module or package each
@@ -14,6 +15,7 @@ cli/           the command line; the library does not depend on it
 testing/       doubles for the tests of applications, and crash and fault simulation
 """
 
+import logging
 from typing import Final
 
 from pillarbox.errors import (
@@ -27,6 +29,7 @@ from pillarbox.errors import (
     SinkUnusableError,
     UsageError,
 )
+from pillarbox.escaping import EscapingFilter
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, DropReason, Durability, Enqueued, Outcome
@@ -35,6 +38,8 @@ from pillarbox.sinks.base import Sink
 from pillarbox.stats import SinkStats, State, Stats
 
 __version__: Final = "0.1.0"
+
+logging.getLogger("pillarbox").addFilter(EscapingFilter())
 
 __all__ = [
     "ConfigurationError",

@@ -13,7 +13,7 @@ from pillarbox.admin.changes import ChangeExecutor, ChangeReport, WriteLimits, a
 from pillarbox.admin.scan import FileProblem
 from pillarbox.admin.text import counted
 from pillarbox.cli.context import CommandContext
-from pillarbox.cli.output import ExitCode, err, out, print_json, printable
+from pillarbox.cli.output import ExitCode, err, out, print_json
 from pillarbox.cli.signals import on_interrupt
 from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.outbox import Outbox
@@ -133,7 +133,7 @@ class ChangeContext(CommandContext):
     def print_queue_hints(self, sinks: Iterable[str]) -> None:
         """Say with which directory a command changes what belongs to each of several sinks."""
         for sink in sorted(filter(None, set(sinks))):
-            out.print(printable(f"to change those of {sink}: -d {self.directory.queue(sink).path}"), markup=False)
+            out.print(f"to change those of {sink}: -d {self.directory.queue(sink).path}")
 
     def exit_code(self) -> int:
         """The exit code that the report calls for."""
@@ -141,8 +141,8 @@ class ChangeContext(CommandContext):
             return ExitCode.INTERRUPTED
         return ExitCode.DONE if self.report.complete else ExitCode.PARTIAL
 
-    def print_result(self, items: list[Any], text: str, *, yes: bool, json: bool) -> int:
-        """Print what was changed and what was not; returns the exit code."""
+    def print_result(self, items: list[Any], text: str, *, yes: bool, json: bool, note: str = "") -> int:
+        """Print what was changed and what was not, and a note on a line of its own; returns the exit code."""
         report = self.report
         if json:
             print_json(
@@ -160,8 +160,10 @@ class ChangeContext(CommandContext):
             )
         else:
             for line in self.item_lines:
-                out.print(printable(line), markup=False)
-            out.print(text, markup=False)
+                out.print(line)
+            out.print(text)
+            if note:
+                out.print(note)
         self.print_problems()
         return self.exit_code()
 
@@ -169,16 +171,16 @@ class ChangeContext(CommandContext):
         """Print on standard error what was left unchanged, and why."""
         report = self.report
         for problem in report.problems[:PROBLEMS_SHOWN_MAX]:
-            err.print(printable(str(problem)), markup=False)
+            err.print(str(problem))
         if report.problems_count > PROBLEMS_SHOWN_MAX:
             more = counted(report.problems_count - PROBLEMS_SHOWN_MAX, "more problem")
-            err.print(f"and {more}; --json lists them", markup=False)
+            err.print(f"and {more}; --json lists them")
         if report.drop_reason:
-            err.print(f"stopped: the outbox accepts no more events ({report.drop_reason}); the rest is unchanged", markup=False)
+            err.print(f"stopped: the outbox accepts no more events ({report.drop_reason}); the rest is unchanged")
         if report.ledger_behind:
-            err.print("the ledger could not be written: it does not have these changes", markup=False)
+            err.print("the ledger could not be written: it does not have these changes")
         if report.interrupted:
-            err.print("interrupted: the rest is unchanged", markup=False)
+            err.print("interrupted: the rest is unchanged")
 
     def summary(self, count: str, done: str, planned: str, *, yes: bool, how: str = "add --yes to do it") -> str:
         """What was changed; without `yes`, what would be changed and how to do it."""
@@ -188,7 +190,7 @@ class ChangeContext(CommandContext):
 
     def print_lock_conflict(self) -> int:
         """Say that another command holds the lock; returns the exit code."""
-        err.print(f"{self.settings.directory}: another command is changing it; try again when that has ended", markup=False)
+        err.print(f"{self.settings.directory}: another command is changing it; try again when that has ended")
         return ExitCode.PARTIAL
 
 

@@ -28,10 +28,10 @@ def check(
     if json:
         print_json([result._asdict() for result in results])
     else:
-        out.print(redact_url(settings.sink or ""), markup=False)
+        out.print(redact_url(settings.sink or ""))
         for result in results:
             mark, style = ("ok ", None) if result.ok else ("BAD", "red")
-            out.print(f"  {mark}  {result.message}", markup=False, style=style)
+            out.print(f"  {mark}  {result.message}", style=style)
     return ExitCode.DONE if all(result.ok for result in results) else ExitCode.PARTIAL
 
 

@@ -38,7 +38,8 @@ def complete_batch(ctx: typer.Context, incomplete: str) -> list[str]:
     try:
         settings = load_settings(ctx.params.get("config"), directory=ctx.params.get("directory"))
         directory = directory_at(settings.directory or ".", local_filesystem(), SystemClock())
-        return sorted({batch for batch in _batch_ids(directory, kinds) if batch.startswith(incomplete)})[:_COMPLETIONS_MAX]
+        batches = {batch for batch in _batch_ids(directory, kinds) if batch.startswith(incomplete) and batch.isprintable()}
+        return sorted(batches)[:_COMPLETIONS_MAX]
     except (OSError, PillarboxError):
         return []
 

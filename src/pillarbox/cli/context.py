@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from pillarbox.admin.dead_letters import IdentityDecoder
 from pillarbox.admin.replay import ReplayValidator
+from pillarbox.cli.output import log_to_terminal
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.settings import Settings, resolve
@@ -54,11 +54,6 @@ def require_setting(settings: Settings, name: str, metavar: str) -> None:
     """Raise a usage error if a setting that the command needs is missing."""
     if not getattr(settings, name):
         raise typer.BadParameter(f"missing; give --{name} {metavar} or set PILLARBOX_{name.upper()}", param_hint=f"--{name}")
-
-
-def log_to_terminal(*, quiet: bool) -> None:
-    """Print the library's log lines on standard error; `quiet` hides those below errors."""
-    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
 class CommandContext:

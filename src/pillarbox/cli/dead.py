@@ -33,7 +33,7 @@ from pillarbox.cli.options import (
     YesOption,
     expand_options,
 )
-from pillarbox.cli.output import ExitCode, err, out, print_json, print_table, printable
+from pillarbox.cli.output import ExitCode, err, out, print_json, print_table
 from pillarbox.errors import UsageError
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import create_private_file, read_file
@@ -154,7 +154,7 @@ def list_(
         elif groups:
             _print_groups(groups)
         more = f"; {counted(hidden, 'row')} not shown (see --limit)" if hidden > 0 else ""
-        out.print(f"{counted(count, 'dead letter')} in {counted(len(batches), 'file')}{more}", markup=False)
+        out.print(f"{counted(count, 'dead letter')} in {counted(len(batches), 'file')}{more}")
         context.print_queue_hints(queue for queue, _ in batches)
     context.print_problems()
     return context.exit_code()
@@ -207,23 +207,26 @@ def show(options: OutboxOptions, filters: DeadLetterFilterOptions, limit: LimitO
         print_json(items)
     else:
         for item in items:
-            out.print(_describe_item(item), markup=False)
+            out.print(*_describe_item(item), sep="\n")
         if count > len(items):
-            out.print(f"{count - len(items):,} not shown (see --limit)", markup=False)
+            out.print(f"{count - len(items):,} not shown (see --limit)")
         elif not count:
-            out.print("no dead letter matches", markup=False)
+            out.print("no dead letter matches")
     context.print_problems()
     return context.exit_code()
 
 
-def _describe_item(item: DeadLetterItem) -> str:
+def _describe_item(item: DeadLetterItem) -> list[str]:
     first, last = format_time(item.first_at_micros), format_time(item.last_at_micros)
     times = last if first == last else f"{first} to {last}"
-    event = msgspec.json.format(bytes(item.event or b"null"), indent=2).decode().replace("\n", "\n  ")
-    return printable(
-        f"{item.record}\n  {item.code}: {item.reason}\n"
-        f"  rejected by {_destination(item.queue, item.sink)}, {counted(item.attempts, 'attempt')}, {times}\n  {event}\n"
-    )
+    event = msgspec.json.format(bytes(item.event or b"null"), indent=2).decode()
+    return [
+        item.record,
+        f"  {item.code}: {item.reason}",
+        f"  rejected by {_destination(item.queue, item.sink)}, {counted(item.attempts, 'attempt')}, {times}",
+        *(f"  {line}" for line in event.split("\n")),
+        "",
+    ]
 
 
 class _DeadLetterPreview:
@@ -383,7 +386,7 @@ def _edit_records(context: ChangeContext, record_filter: RecordFilter, command: 
     lines = b"".join(map(to_editable_line, _find_records(context, record_filter, directory)))
     context.print_problems()
     if not lines:
-        out.print("no dead letter matches", markup=False)
+        out.print("no dead letter matches")
         return None
     name = f"{_EDIT_PREFIX}{directory.new_id()}.ndjson"
     path = directory.path_of(name)
@@ -395,7 +398,7 @@ def _edit_records(context: ChangeContext, record_filter: RecordFilter, command: 
         raise UsageError(f"the editor {command!r} cannot be started: {error}; name another with --editor") from None
     if read_file(path) == lines:
         directory.remove(name)
-        out.print("nothing was edited", markup=False)
+        out.print("nothing was edited")
         return None
     if code:
         raise UsageError(f"the editor exited with {code}; nothing was replayed. To replay the edited file: --from {path}")
@@ -427,11 +430,11 @@ def _replay_edited(context: ChangeContext, path: str, preview: _DeadLetterPrevie
     else:
         code = context.print_result([], "nothing to replay", yes=yes, json=json)
     for name in remaining:
-        err.print(printable(f"{path}: {name} is not, or no longer, a dead letter"), markup=False)
+        err.print(f"{path}: {name} is not, or no longer, a dead letter")
     if yes and code == ExitCode.DONE and not remaining:
         name = path.rpartition("/")[2]
         if name.startswith(_EDIT_PREFIX) and context.directory.read_small_file(name) == text:
             context.directory.remove(name)
     elif yes:
-        err.print(f"the edited file stays; to continue: --from {shlex.quote(path)}", markup=False)
+        err.print(f"the edited file stays; to continue: --from {shlex.quote(path)}")
     return code if not remaining else code or ExitCode.PARTIAL

@@ -10,9 +10,9 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pillarbox.admin.text import counted
-from pillarbox.cli.context import log_to_terminal, require_setting
+from pillarbox.cli.context import require_setting
 from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, SinkOption, expand_options
-from pillarbox.cli.output import ExitCode, err, out, print_json
+from pillarbox.cli.output import ExitCode, err, log_to_terminal, out, print_json
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.build import build_local_runner, build_sinks
@@ -128,7 +128,7 @@ def _print_result(sinks: dict[str, SinkStats], pending: int, *, json: bool) -> N
         counted(total.dead, "dead letter"),
         f"{total.quarantined:,} quarantined; {counted(pending, 'batch', 'batches')} pending",
     ]
-    out.print(", ".join(parts) + (f"; {total.state}" if total.state.reason else ""), markup=False)
+    out.print(", ".join(parts) + (f"; {total.state}" if total.state.reason else ""))
 
 
 def _wait_until_done(runner: LocalRunner, directory: Directory, once_timeout_s: float | None, *, quiet: bool) -> bool:

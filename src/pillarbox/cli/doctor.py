@@ -19,7 +19,7 @@ from pillarbox.admin.doctor import (
 )
 from pillarbox.admin.status import read_status
 from pillarbox.cli.options import JsonOption, OutboxOptions, SinkOption, expand_options
-from pillarbox.cli.output import ExitCode, out, print_json, printable
+from pillarbox.cli.output import ExitCode, out, print_json
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, PillarboxError
@@ -57,10 +57,9 @@ def doctor(
     if json:
         print_json([finding._asdict() for finding in findings])
     else:
-        out.print(printable(f'{settings.directory}, durability "{settings.durability}"'), markup=False)
+        out.print(f'{settings.directory}, durability "{settings.durability}"')
         for ok, check, text in findings:
-            line = printable(f"  {'ok ' if ok else 'BAD'}  {check}: {text}")
-            out.print(line, markup=False, style=None if ok else "red")
+            out.print(f"  {'ok ' if ok else 'BAD'}  {check}: {text}", style=None if ok else "red")
     return ExitCode.DONE if all(finding.ok for finding in findings) else ExitCode.PARTIAL
 
 

@@ -9,10 +9,9 @@ import msgspec
 import typer
 
 from pillarbox.admin.text import counted
-from pillarbox.cli.context import log_to_terminal
 from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress, strict_decoder
 from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, SinkOption, expand_options
-from pillarbox.cli.output import ExitCode, err, out
+from pillarbox.cli.output import ExitCode, err, log_to_terminal, out, print_json_line, write_id
 from pillarbox.errors import InvalidEventError
 from pillarbox.outbox import Outbox
 
@@ -64,15 +63,14 @@ def enqueue(
             if problem is None:
                 accepted += 1
                 if ack:
-                    sys.stdout.write(f"{event.event_id}\n")
-                    sys.stdout.flush()  # the reader may act on each id at once
+                    write_id(str(event.event_id))
                 continue
             dropped += 1
             if dropped <= LINES_REPORTED_MAX:
-                err.print(f"line {number}: {problem}", markup=False)
+                err.print(f"line {number}: {problem}")
     if json:
-        (sys.stderr if ack else sys.stdout).write(msgspec.json.encode(EnqueueResult(accepted, dropped)).decode() + "\n")
+        print_json_line(EnqueueResult(accepted, dropped), to_stderr=ack)
     elif not quiet or dropped:
         more = f" (the first {LINES_REPORTED_MAX} are listed above)" if dropped > LINES_REPORTED_MAX else ""
-        (err if ack else out).print(f"accepted {counted(accepted, 'event')}, dropped {dropped:,}{more}", markup=False)
+        (err if ack else out).print(f"accepted {counted(accepted, 'event')}, dropped {dropped:,}{more}")
     return ExitCode.PARTIAL if dropped else ExitCode.DONE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -19,7 +18,7 @@ from pillarbox.admin.text import counted
 from pillarbox.cli.changes import PROBLEMS_SHOWN_MAX
 from pillarbox.cli.context import CommandContext
 from pillarbox.cli.options import EventFilterOptions, JsonOption, OutboxOptions, QuietOption, expand_options
-from pillarbox.cli.output import ExitCode, err, out, printable
+from pillarbox.cli.output import ExitCode, err, flush_stdout, out, print_json, write_bytes
 from pillarbox.errors import UsageError
 from pillarbox.store.os_filesystem import atomic_output, exists
 
@@ -102,8 +101,8 @@ def export(
 @contextmanager
 def _open_output(path: str | None, *, force: bool) -> Iterator[Callable[[bytes], object]]:
     if path is None:
-        yield sys.stdout.buffer.write
-        sys.stdout.buffer.flush()
+        yield write_bytes
+        flush_stdout()
         return
     try:
         with atomic_output(path, overwrite=force) as write:
@@ -124,14 +123,13 @@ def _show_progress(context: CommandContext, output: str | None) -> Iterator[Call
 def _print_result(result: ExportResult, *, json: bool, quiet: bool) -> None:
     console = err if result.file is None else out
     if json:
-        text = msgspec.json.format(msgspec.json.encode(result), indent=2).decode()
-        (sys.stderr if result.file is None else sys.stdout).write(text + "\n")
+        print_json(result, to_stderr=result.file is None)
         return
     for problem in result.problems[:PROBLEMS_SHOWN_MAX]:
-        err.print(printable(str(problem)), markup=False)
+        err.print(str(problem))
     if len(result.problems) > PROBLEMS_SHOWN_MAX:
         more = counted(len(result.problems) - PROBLEMS_SHOWN_MAX, "more problem")
-        err.print(f"and {more}; --json lists them", markup=False)
+        err.print(f"and {more}; --json lists them")
     notes = [f"exported {counted(result.events, 'event')}"]
     if result.new_events:
         notes.append(f"{result.new_events:,} of them accepted during the export")
@@ -142,7 +140,7 @@ def _print_result(result: ExportResult, *, json: bool, quiet: bool) -> None:
     if result.incomplete_events:
         notes.append(f"{counted(result.incomplete_events, 'event')} with fields that have no column (use --format ndjson)")
     if not quiet or len(notes) > 1:
-        console.print("; ".join(notes), markup=False)
+        console.print("; ".join(notes))
 
 
 class _CsvEncoder:

@@ -53,7 +53,7 @@ def flush(
         print_json(result)
     else:
         count = f"delivered {len(batches) - len(pending):,} of {counted(len(batches), 'batch', 'batches')}"
-        out.print(f"{count}; {reason}" if reason else "everything is delivered", markup=False)
+        out.print(f"{count}; {reason}" if reason else "everything is delivered")
     return ExitCode.PARTIAL if reason else ExitCode.DONE
 
 

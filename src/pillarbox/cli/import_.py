@@ -15,11 +15,10 @@ from pillarbox.admin.filters import EventFilter, EventHeaderDecoder
 from pillarbox.admin.replay import ReplayValidator
 from pillarbox.admin.scan import FileProblem
 from pillarbox.admin.text import counted
-from pillarbox.cli.context import log_to_terminal
 from pillarbox.cli.import_source import ImportItem, ImportReader
 from pillarbox.cli.input import LINES_REPORTED_MAX, InputProgress
 from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, expand_options
-from pillarbox.cli.output import ExitCode, err, out, print_json, printable
+from pillarbox.cli.output import ExitCode, err, log_to_terminal, out, print_json
 from pillarbox.cli.signals import on_interrupt
 from pillarbox.clock import SystemClock
 from pillarbox.errors import FileUnusableError, UsageError
@@ -222,7 +221,7 @@ def _import_items(
                 if item.number > skip:
                     batch.add(item)
                 if not (quiet or err.is_terminal) and item.number % _PROGRESS_EVERY_LINES == 0 and not result.outbox_dropped:
-                    err.print(f"read line {item.number:,}; stored up to line {result.processed:,}", markup=False)
+                    err.print(f"read line {item.number:,}; stored up to line {result.processed:,}")
                 if result.outbox_dropped or result.interrupted:
                     return
             batch.enqueue_items()
@@ -234,7 +233,7 @@ def _import_items(
 def _print_result(result: ImportResult, *, json: bool, quiet: bool) -> None:
     for problem in result.problems[:LINES_REPORTED_MAX]:
         where = problem.file if problem.line is None else f"line {problem.line}"
-        err.print(printable(f"{where}: {problem.problem}"), markup=False)
+        err.print(f"{where}: {problem.problem}")
     if json:
         print_json(result)
         return
@@ -242,8 +241,8 @@ def _print_result(result: ImportResult, *, json: bool, quiet: bool) -> None:
         return
     more = f" (the first {LINES_REPORTED_MAX} are listed above)" if result.dropped > LINES_REPORTED_MAX else ""
     verb = "would accept" if result.dry_run else "accepted"
-    out.print(f"{verb} {counted(result.accepted, 'event')}, dropped {result.dropped:,}{more}", markup=False)
+    out.print(f"{verb} {counted(result.accepted, 'event')}, dropped {result.dropped:,}{more}")
     if not result.complete:
         why = "interrupted" if result.interrupted else f"stopped: the outbox accepts no more events ({result.outbox_dropped})"
         done = f"processed up to line {result.processed}; continue with --skip {result.processed}"
-        out.print(f"{why}; {done}", markup=False)
+        out.print(f"{why}; {done}")

@@ -15,7 +15,7 @@ from pillarbox.admin.scan import FileProblem
 from pillarbox.admin.text import counted, format_time
 from pillarbox.cli.context import CommandContext
 from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, expand_options
-from pillarbox.cli.output import ExitCode, err, out, print_json, printable
+from pillarbox.cli.output import ExitCode, err, out, print_json
 from pillarbox.store.layout import batch_id
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def _print_result(result: InspectResult) -> None:
     if result.kind == "unknown":
         lines.append(f"{result.name}: {_NOT_FOUND}")
     for line in lines:
-        out.print(printable(line), markup=False)
+        out.print(line)
     for problem in result.problems:
-        err.print(printable(str(problem)), markup=False)
+        err.print(str(problem))
 
 
 def _file_lines(file: FileSummary) -> list[str]:

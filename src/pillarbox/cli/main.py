@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import platform
 import sys
 from importlib.metadata import version
@@ -16,11 +17,20 @@ from pillarbox.cli.deliver import deliver
 from pillarbox.cli.doctor import doctor
 from pillarbox.cli.enqueue import enqueue
 from pillarbox.cli.export import export
+from pillarbox.cli.failures import describe_os_error
 from pillarbox.cli.flush import flush
 from pillarbox.cli.import_ import import_
 from pillarbox.cli.inspect_ import inspect
 from pillarbox.cli.options import CONTEXT_SETTINGS
-from pillarbox.cli.output import ExitCode, discard_stdout, err
+from pillarbox.cli.output import (
+    ExitCode,
+    discard_stdout,
+    err,
+    flush_stdout,
+    open_missing_streams,
+    out,
+    print_usage_error,
+)
 from pillarbox.cli.quarantine import quarantine
 from pillarbox.cli.redeliver import redeliver
 from pillarbox.cli.seal import seal
@@ -50,7 +60,7 @@ app = typer.Typer(
 def _print_version(wanted: bool) -> None:
     if wanted:
         extensions = "C extensions" if COMPILED else "no C extensions"
-        typer.echo(f"pillarbox {version('pillarbox')} ({extensions}), Python {platform.python_version()}")
+        out.print(f"pillarbox {version('pillarbox')} ({extensions}), Python {platform.python_version()}")
         raise typer.Exit
 
 
@@ -86,6 +96,7 @@ for _group in (dead, quarantine, sinks, spacetimedb):
 
 def run() -> None:
     """Run the command on the command line and exit with its exit code."""
+    open_missing_streams()
     try:
         code = _exit_code()
         ignore_signals()
@@ -98,16 +109,31 @@ def run() -> None:
 def _exit_code() -> int:
     try:
         result: Any = app(prog_name="pillarbox", standalone_mode=False)
+        flush_stdout()
     except PillarboxError as error:
-        err.print(f"pillarbox: {error}", style="red", markup=False)
+        err.print(f"pillarbox: {error}", style="red")
         return ExitCode.USAGE
     except BrokenPipeError:
         discard_stdout()
         return ExitCode.DONE
+    except OSError as error:  # of the disk, at any step: the commands that know more about it say so themselves
+        err.print(f"pillarbox: {describe_os_error(error)}", style="red")
+        _give_up_stdout()
+        return ExitCode.USAGE
     except Exception as error:
         show = getattr(error, "show", None)  # typer's usage errors have it
         if show is None:
             raise
-        show()
+        text = io.StringIO()
+        show(file=text)
+        print_usage_error(text.getvalue())
         return int(getattr(error, "exit_code", ExitCode.USAGE))
     return result if isinstance(result, int) else ExitCode.DONE
+
+
+def _give_up_stdout() -> None:
+    """Write out what standard output still takes, so that the interpreter's exit does not fail on the rest."""
+    try:
+        flush_stdout()
+    except OSError:
+        discard_stdout()

@@ -1,20 +1,43 @@
-"""What commands write: text, tables and JSON on standard output; progress and problems on standard error."""
+"""What commands write: text, tables and JSON on standard output; progress, problems and log lines on standard error.
+
+No other module writes to them. Everything that is printed as text is escaped here, because names of files, events and answers
+of servers may contain escape sequences or line feeds. Events that are data for a program (`export`, `quarantine show --raw`)
+are written byte for byte, except on a terminal.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+import select
 import sys
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
 
+from pillarbox.escaping import one_line, printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_BMP_MAX = 0xFFFF  # JSON writes a character beyond it as two
+
+
+class EscapingConsole(Console):
+    """A console that prints each text as one line of printable characters; several texts may be several lines."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts, escaped, or what rich renders."""
+        super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
+
+
+out = EscapingConsole()
+err = EscapingConsole(stderr=True)
 
 
 class ExitCode(IntEnum):
@@ -26,14 +49,65 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-def printable(text: str) -> str:
-    """Escape everything but printable characters and line feeds, so that stored text cannot control the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+def log_to_terminal(*, quiet: bool) -> None:
+    """Print log lines, of the package and of others, on standard error; `quiet` hides those below errors."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_EscapingFormatter("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
 
 
-def print_json(value: object) -> None:
-    """Print indented JSON on standard output."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
+class _EscapingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as one line, and its traceback indented below it."""
+        first, *rest = super().format(record).split("\n")
+        return printable("\n  ".join([first, *rest]))
+
+
+def print_json(value: object, *, to_stderr: bool = False) -> None:
+    """Print indented JSON."""
+    (sys.stderr if to_stderr else sys.stdout).write(
+        _printable_json(msgspec.json.format(_encode_json(value), indent=2).decode()) + "\n"
+    )
+
+
+def print_json_line(value: object, *, to_stderr: bool = False) -> None:
+    """Print JSON as one line."""
+    (sys.stderr if to_stderr else sys.stdout).write(_printable_json(_encode_json(value).decode()) + "\n")
+
+
+def _encode_json(value: object) -> bytes:
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:  # the name of a file that is not UTF-8
+        return msgspec.json.encode(_escape_surrogates(msgspec.to_builtins(value)))
+
+
+def _escape_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, (list, tuple)):
+        return [_escape_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_escape_surrogates(name): _escape_surrogates(item) for name, item in value.items()}
+    return value
+
+
+def _printable_json(text: str) -> str:
+    """The same JSON with what a terminal might obey, or standard output cannot encode, written as an escape."""
+    encodes_all = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    if text.replace("\n", "").isprintable() and (encodes_all or text.isascii()):
+        return text
+    return "".join(
+        char if char == "\n" or (char.isprintable() and (encodes_all or char.isascii())) else _json_escape(char)
+        for char in text
+    )
+
+
+def _json_escape(char: str) -> str:
+    if ord(char) > _BMP_MAX:
+        high, low = divmod(ord(char) - _BMP_MAX - 1, 0x400)
+        return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+    return f"\\u{ord(char):04x}"
 
 
 def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> None:
@@ -48,9 +122,64 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[obje
             cell.rjust(width) if side == "right" else cell.ljust(width)
             for cell, width, (_, side) in zip(row, widths, columns, strict=True)
         ]
-        out.print("  ".join(padded).rstrip(), markup=False, style=None if number else "bold")
+        out.print("  ".join(padded).rstrip(), style=None if number else "bold")
+
+
+def write_line(text: str, *, flush: bool = False) -> None:
+    """Write one line of text for people or programs on standard output; a line feed in it becomes a space."""
+    sys.stdout.write(printable(text.replace("\n", " ")) + "\n")
+    if flush:
+        sys.stdout.flush()
+
+
+def write_id(text: str) -> None:
+    """Write an id for a program, which may act on it at once; on a terminal escaped, elsewhere as it is, but on one line."""
+    sys.stdout.write((one_line(text) if sys.stdout.isatty() else text.replace("\r", "\\r").replace("\n", "\\n")) + "\n")
+    sys.stdout.flush()
+
+
+def write_bytes(data: bytes) -> None:
+    """Write data for a program on standard output, byte for byte; on a terminal, escaped."""
+    if sys.stdout.isatty():
+        sys.stdout.write(printable(data.decode(errors="backslashreplace")))
+    else:
+        sys.stdout.buffer.write(data)
+
+
+def flush_stdout() -> None:
+    """Write out what is buffered; raises `OSError` if that is not possible."""
+    sys.stdout.flush()
+
+
+def wait_while_read(seconds: float) -> None:
+    """Wait; raises `BrokenPipeError` as soon as the reader of standard output is gone."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if poll.poll(seconds * 1000):
+        raise BrokenPipeError
+
+
+def screen_console() -> Console:
+    """A console for a display that is drawn again and again. What it shows must be escaped already."""
+    return Console(highlight=False, emoji=False)
+
+
+def print_usage_error(lines: str) -> None:
+    """Print what the parser of the options reports."""
+    err.print(*lines.splitlines(), sep="\n")
+
+
+def open_missing_streams() -> None:
+    """Replace standard streams that the caller has closed by the null device, and let what cannot be encoded be escaped."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:
-    """Point standard output at the null device: its reader has closed the pipe, and the buffer must not be flushed into it."""
+    """Point standard output at the null device: it cannot be written, and the buffer must not be flushed into it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

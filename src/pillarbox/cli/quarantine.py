@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
@@ -24,7 +23,7 @@ from pillarbox.cli.options import (
     YesOption,
     expand_options,
 )
-from pillarbox.cli.output import out, print_json, print_table, printable
+from pillarbox.cli.output import flush_stdout, out, print_json, print_table, write_bytes
 from pillarbox.store.layout import Kind
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def list_(options: DirectoryOptions, filters: RecordFilterOptions, limit: LimitO
             _print_items(items, several=any(queues))
         hidden = f"; {files - len(items):,} not shown (see --limit)" if files > len(items) else ""
         total = f"{counted(ranges, 'damaged byte range')}, {counted(size, 'byte')} in {counted(files, 'file')}"
-        out.print(total + hidden, markup=False)
+        out.print(total + hidden)
         context.print_queue_hints(queues)
     context.print_problems()
     return context.exit_code()
@@ -187,7 +186,7 @@ def show(
             if limit and count > limit and not raw:
                 continue
             if raw:
-                sys.stdout.buffer.write(piece)
+                write_bytes(piece)
             elif json:
                 at, events = damage.repaired_at_micros, damage.repaired_events
                 items.append(
@@ -197,26 +196,27 @@ def show(
                     )
                 )  # fmt: skip
             else:
-                out.print(_describe_range(batch, number, piece, queue), markup=False)
+                out.print(*_describe_range(batch, number, piece, queue), sep="\n")
     if json and not raw:
         print_json(items)
     elif not raw and limit and count > limit:
-        out.print(f"{count - limit:,} not shown (see --limit)", markup=False)
+        out.print(f"{count - limit:,} not shown (see --limit)")
     elif not raw and not count:
-        out.print("no damaged byte range matches", markup=False)
-    sys.stdout.flush()
+        out.print("no damaged byte range matches")
+    flush_stdout()
     context.print_problems()
     return context.exit_code()
 
 
-def _describe_range(batch: QuarantinedBatch, number: int, piece: bytes, queue: str) -> str:
+def _describe_range(batch: QuarantinedBatch, number: int, piece: bytes, queue: str) -> list[str]:
     damage = batch.ranges[number - 1]
     text = piece.removesuffix(b"\n").decode("utf-8", "backslashreplace")
     repaired = ""
     if damage.repaired_at_micros is not None:
         repaired = f", repaired {format_time(damage.repaired_at_micros)}: {counted(damage.repaired_events, 'event')}"
     where = f"{counted(damage.length, 'byte')} at offset {damage.offset:,}" + (f", in the queue of {queue}" if queue else "")
-    return printable(f"{batch.batch}, range {number}\n  {damage.reason}; {where}{repaired}\n  {text}\n".replace("\r", "\\r"))
+    content = [f"  {line}" for line in text.split("\n")]
+    return [f"{batch.batch}, range {number}", f"  {damage.reason}; {where}{repaired}", *content, ""]
 
 
 @quarantine.command("repair")

@@ -121,11 +121,12 @@ def redeliver(
     text = context.summary(count, "pending again", "would be redelivered", yes=yes)
     if redelivery.oldest_delivered_at_micros is not None:
         text += f" (the oldest retained batch was delivered {format_time(redelivery.oldest_delivered_at_micros)})"
+    note = ""
     if context.report.drop_reason or context.report.interrupted:
         # A redelivered batch is retained again, under the time of its second delivery: without --until it would match.
         rest = format_time(min(now + _SECOND_MICROS, record_filter.until_micros or now + _SECOND_MICROS))
-        text += f"\nonce these are delivered, run the same command with --until {rest} for the rest"
-    return context.print_result(items, text, yes=yes, json=json)
+        note = f"once these are delivered, run the same command with --until {rest} for the rest"
+    return context.print_result(items, text, yes=yes, json=json, note=note)
 
 
 class _RedeliveryPreview:

@@ -212,7 +212,7 @@ def seal(options: DirectoryOptions, timeout: TimeoutOption = 10.0, quiet: QuietO
         print_json(result)
     else:
         sealed = f"sealed {counted(len(result.sealed), 'segment')}"
-        out.print(sealed if result.sealed or result.unsealed else "nothing to seal", markup=False)
+        out.print(sealed if result.sealed or result.unsealed else "nothing to seal")
         if result.reason:
-            out.print(result.reason, markup=False)
+            out.print(result.reason)
     return ExitCode.PARTIAL if result.unsealed else ExitCode.DONE

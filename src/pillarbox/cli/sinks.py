@@ -87,7 +87,7 @@ def list_queues(options: DirectoryOptions, json: JsonOption = False) -> int:
         ]  # fmt: skip
         print_table([("sink", "left"), *numbers, ("state", "left")], rows)
     else:
-        out.print("no queues: this outbox has no more than one sink", markup=False)
+        out.print("no queues: this outbox has no more than one sink")
     return ExitCode.DONE
 
 
@@ -182,7 +182,7 @@ def _print_change(change: SinkChange, text: str, *, json: bool) -> int:
     if json:
         print_json(change)
     else:
-        out.print(text, markup=False)
+        out.print(text)
     return ExitCode.DONE
 
 

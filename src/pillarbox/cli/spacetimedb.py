@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import re
 import shlex
-import sys
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote, urlsplit
 
-import msgspec
 import typer
 
 from pillarbox.cli.context import load_settings
 from pillarbox.cli.options import CONTEXT_SETTINGS, EventTypeOption, JsonOption
-from pillarbox.cli.output import ExitCode, out
+from pillarbox.cli.output import ExitCode, out, print_json_line
 from pillarbox.errors import ConfigurationError, SinkUnusableError
+from pillarbox.escaping import one_line
 from pillarbox.redaction import redact_text
 from pillarbox.store.os_filesystem import create_private_file, exists
 
@@ -64,11 +63,14 @@ def publish(
         create_private_file(token_file, token.file_content())
     done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
-        sys.stdout.write(msgspec.json.encode(done._asdict()).decode() + "\n")
+        print_json_line(done._asdict())
         return ExitCode.DONE
     file = token_file if exists(token_file) else ""
     origin = f"{file}, just created with a new identity" if made else file or f"environment {TOKEN_VARIABLE}"
-    out.print(_describe_published(done, file, origin), markup=False)
+    shown = done._replace(
+        version=one_line(done.version), database_identity=one_line(done.database_identity), owner=one_line(done.owner)
+    )
+    out.print(*_describe_published(shown, file, origin).split("\n"), sep="\n")
     return ExitCode.DONE
 
 
@@ -124,5 +126,5 @@ def scaffold(
     from pillarbox.sinks.spacetimedb.scaffold import scaffold as rust  # noqa: PLC0415 - the package needs its extra
 
     settings = load_settings(None, event_type=event_type)
-    sys.stdout.write(rust(settings.event_type, major))
+    out.print(*rust(settings.event_type, major).removesuffix("\n").split("\n"), sep="\n")
     return ExitCode.DONE

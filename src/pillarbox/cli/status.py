@@ -9,7 +9,7 @@ import typer
 from pillarbox.admin.status import OutboxStatus, describe_worker, read_status
 from pillarbox.admin.text import counted
 from pillarbox.cli.options import DirectoryOptions, JsonOption, expand_options
-from pillarbox.cli.output import ExitCode, out, print_json, printable
+from pillarbox.cli.output import ExitCode, out, print_json
 from pillarbox.cli.watch import watch_until_stopped
 from pillarbox.clock import SystemClock
 from pillarbox.store.os_filesystem import local_filesystem
@@ -39,7 +39,7 @@ def status(
     if json:
         print_json(found)
     else:
-        out.print("\n".join(_status_lines(found)), markup=False)
+        out.print(*_status_lines(found), sep="\n")
     return ExitCode.DONE
 
 
@@ -61,4 +61,4 @@ def _status_lines(found: OutboxStatus) -> list[str]:
         "durability": found.durability,
     }
     width = max(map(len, rows))
-    return [printable(f"{name:<{width}}  {text}").replace("\n", " ") for name, text in rows.items()]
+    return [f"{name:<{width}}  {text}" for name, text in rows.items()]

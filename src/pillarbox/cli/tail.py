@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import select
-import sys
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -14,7 +12,7 @@ from pillarbox.admin.tail import AcceptedEvent, Tailer
 from pillarbox.admin.text import counted, format_time
 from pillarbox.cli.context import CommandContext
 from pillarbox.cli.options import EventFilterOptions, JsonOption, OutboxOptions, expand_options
-from pillarbox.cli.output import ExitCode, err, printable
+from pillarbox.cli.output import ExitCode, err, flush_stdout, print_json_line, wait_while_read, write_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +69,7 @@ def tail(
         printer.print_events(tailer.read_backlog(_DEFAULT_LINES if newest is None and filters.since is None else newest))
         while follow:
             busy = printer.print_events(tailer.read_new())
-            _pause(max(_BUSY_S if busy else interval, tailer.listing_s * _LISTING_SHARE))
+            wait_while_read(max(_BUSY_S if busy else interval, tailer.listing_s * _LISTING_SHARE))
     finally:
         tailer.close()
     return ExitCode.PARTIAL if printer.has_problems else ExitCode.DONE
@@ -83,28 +81,28 @@ class _TailPrinter:
     def __init__(self, tailer: Tailer, *, json: bool) -> None:
         self.has_problems = False
         self._tailer = tailer
-        self._format_event = _json_line if json else _text_line
+        self._print_event = _print_json_event if json else _print_text_event
 
     def print_events(self, events: Iterable[AcceptedEvent]) -> bool:
         """Print events, problems and gaps; whether there were any events."""
         any_events = False
         for event in events:
-            sys.stdout.write(self._format_event(event))
+            self._print_event(event)
             any_events = True
-        sys.stdout.flush()
+        flush_stdout()
         for problem in self._tailer.problems:
-            err.print(printable(str(problem)), markup=False)
+            err.print(str(problem))
             self.has_problems = True
         self._tailer.problems.clear()
         gaps = self._tailer.gap_detector.gaps
         for gap in gaps:
             events_missed = "an unknown number of events" if gap.events is None else counted(gap.events, "event")
-            err.print(f"missed {events_missed} of {gap.batch}: delivered and deleted between two polls", markup=False)
+            err.print(f"missed {events_missed} of {gap.batch}: delivered and deleted between two polls")
         gaps.clear()
         return any_events
 
 
-def _json_line(event: AcceptedEvent) -> str:
+def _print_json_event(event: AcceptedEvent) -> None:
     line = TailLine(
         batch=event.batch or None,
         file=event.file,
@@ -112,21 +110,14 @@ def _json_line(event: AcceptedEvent) -> str:
         writer=event.writer or None,
         event=msgspec.Raw(event.payload),
     )
-    return msgspec.json.encode(line).decode() + "\n"
+    print_json_line(line)
 
 
-def _text_line(event: AcceptedEvent) -> str:
+def _print_text_event(event: AcceptedEvent) -> None:
     header = event.header
     if header.event_key is None:  # the event type has no such field
-        return printable(f"{format_time(header.occurred_at_micros)}  {event.payload.decode()}").replace("\n", " ") + "\n"
+        write_line(f"{format_time(header.occurred_at_micros)}  {event.payload.decode()}")
+        return
     scope = "-" if header.scope_kind is None else f"{header.scope_kind}:{header.scope_id}"
     cells = (format_time(header.occurred_at_micros), header.event_key, scope, header.user_id or "-", header.event_id or "-")
-    return printable("  ".join(cells)).replace("\n", " ") + "\n"
-
-
-def _pause(seconds: float) -> None:
-    """Wait; raises `BrokenPipeError` as soon as the reader of standard output is gone."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)
-    if poll.poll(seconds * 1000):
-        raise BrokenPipeError
+    write_line("  ".join(cells))

@@ -63,12 +63,12 @@ def verify(
         return ExitCode.DONE if balances else ExitCode.PARTIAL
     for sink, report in reports.items():
         prefix = f"{sink}: " if sink else ""
-        out.print(prefix + reconciliation_line(report), markup=False)
+        out.print(prefix + reconciliation_line(report))
         if writers:
             rows = [*report.reconciliation.writers, msgspec.structs.replace(report.reconciliation.total, writer="all")]
             print_table([("writer", "left"), *((name, "right") for name in _COLUMNS)], map(_row_cells, rows))
         for note in _notes(report):
-            out.print(prefix + note, markup=False)
+            out.print(prefix + note)
     return ExitCode.DONE if balances else ExitCode.PARTIAL
 
 

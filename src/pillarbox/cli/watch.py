@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from pillarbox.admin.status import OutboxStatus, describe_state, read_status
 from pillarbox.admin.text import counted, format_time
-from pillarbox.cli.output import discard_stdout, printable
+from pillarbox.cli.output import discard_stdout, flush_stdout, print_json_line, screen_console, write_line
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
+from pillarbox.escaping import one_line
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
 
@@ -181,7 +181,7 @@ def watch_until_stopped(
     """Show a sample every `interval` seconds until interrupted, or until `samples` are shown (0: no limit)."""
     interrupt_on_sigterm()
     watcher = StatusWatcher(directory, clock, durability)
-    console = Console(highlight=False)
+    console = screen_console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
     pause = threading.Event()
     try:
@@ -192,8 +192,11 @@ def watch_until_stopped(
                 if live is not None:
                     live.update(sample_screen(sample), refresh=True)
                 else:
-                    sys.stdout.write((msgspec.json.encode(sample).decode() if json else sample_line(sample)) + "\n")
-                    sys.stdout.flush()
+                    if json:
+                        print_json_line(sample)
+                    else:
+                        write_line(sample_line(sample))
+                    flush_stdout()
                 done += 1
                 if done == samples:
                     return
@@ -222,7 +225,7 @@ def sample_line(sample: StatusSample) -> str:
         ("retained", status.delivered_files),
     )
     parts.append(", ".join(f"{name} {counted(count, 'file')}" for name, count in totals))
-    return printable(f"{format_time(sample.at_micros)} {'; '.join(parts)}".replace("\n", " "))
+    return f"{format_time(sample.at_micros)} {'; '.join(parts)}"
 
 
 def sample_screen(sample: StatusSample) -> Group:
@@ -239,7 +242,7 @@ def sample_screen(sample: StatusSample) -> Group:
         ("quarantine", _files_and_bytes(status.quarantine_files, status.quarantine_bytes)),
         ("retained", _files_and_bytes(status.delivered_files, status.delivered_bytes)),
     ):
-        facts.add_row(name, Text(printable(text), overflow="ellipsis", no_wrap=True))
+        facts.add_row(name, Text(one_line(text), overflow="ellipsis", no_wrap=True))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("destination", overflow="ellipsis", no_wrap=True, max_width=20)
     for name in ("pending", "oldest", "out/s", "empty in", "dead"):
@@ -247,7 +250,7 @@ def sample_screen(sample: StatusSample) -> Group:
     states = []
     for sink in _sink_rows(status):
         sink_rates = rates.sinks[sink.name]
-        name = printable(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
+        name = one_line(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
         out = "-" if sink_rates.out_events_per_s is None else f"{sink_rates.out_events_per_s:,.0f}"
         table.add_row(
             Text(name),
@@ -265,9 +268,9 @@ def _state_text(name: str, sink: _SinkRow) -> Text:
     text = Text(f"{name}  ", style="bold")
     beat = sink.beat
     colour = _COLOURS.get(beat.state.name, "") if beat is not None else ""
-    text.append(printable(describe_state(beat, sink.silent_s)), style=f"not bold {colour}")
+    text.append(one_line(describe_state(beat, sink.silent_s)), style=f"not bold {colour}")
     if beat is not None and beat.last_error and beat.last_error != beat.state.reason:
-        text.append(f"\n  last error: {printable(beat.last_error)}", style="not bold")
+        text.append(f"\n  last error: {one_line(beat.last_error)}", style="not bold")
     return text
 
 
