@@ -5,14 +5,32 @@ disk, the directory or the destination does not work; fix that. Any other except
 `enqueue` raises none of these unless a setting asks for it: it returns `Dropped(reason)`.
 """
 
-from typing import Final
+from typing import Any, Final
 
 from pillarbox.redaction import redact_text
 
 _VALUE_CHARS_MAX: Final = 200  # of a setting's value in a message
 
 
-class PillarboxError(Exception):
+class PicklableError(Exception):
+    """An exception that can be pickled and copied whatever its constructor takes.
+
+    Otherwise a pool would wait for ever for a process that raised it.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_error, (type(self), self.args, self.__dict__)
+
+
+def _restore_error(kind: type[PicklableError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> PicklableError:
+    """Make an exception again without calling its constructor, which takes other arguments."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(attributes)
+    return error
+
+
+class PillarboxError(PicklableError):
     """Base class of all errors that Pillarbox raises on purpose."""
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from pillarbox.delivery.config import Backoff, DeliveryConfig, SettlementLimits
 from pillarbox.delivery.pacing import PacingConfig
-from pillarbox.errors import ConfigurationError
+from pillarbox.errors import ConfigurationError, PicklableError
 from pillarbox.event import TrackingEvent
 from pillarbox.outcome import DURABILITIES
 from pillarbox.redaction import SecretUrl, redact_text, reveal
@@ -123,7 +123,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class _InvalidValueError(Exception):
+class _InvalidValueError(PicklableError):
     """A parser rejects a value; `advice` says what to use instead. `_parse_setting` adds the setting and the source."""
 
     def __init__(self, advice: str, *, shows_value: bool = True) -> None:

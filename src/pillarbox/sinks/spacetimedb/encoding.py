@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Union, get_ar
 
 import msgspec
 
+from pillarbox.errors import PicklableError
 from pillarbox.event import ScopeKind, TrackingEvent
 from pillarbox.sinks.base import Rejection
 from pillarbox.sinks.spacetimedb.schema import (
@@ -38,7 +39,7 @@ _MICROS_FIELDS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_durati
 _CLOSED_SETS: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}
 
 
-class UnencodableValueError(Exception):
+class UnencodableValueError(PicklableError):
     """A value does not match the function's type; it rejects one event."""
 
     def __init__(self, rejection: Rejection) -> None:
