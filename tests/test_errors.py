@@ -17,7 +17,6 @@ import pillarbox
 from pillarbox.errors import ConfigurationError, InvalidEventError
 from pillarbox.sinks.base import Rejection
 
-EXTRAS = {"prometheus_client", "opentelemetry", "httpx", "h11"}
 ARGUMENTS: dict[str, object] = {"rejection": Rejection("code", "reason"), "shows_value": False, "value": {"a": 1}}
 
 
@@ -40,9 +39,9 @@ def walk_modules() -> Iterator[Any]:
 
 def make_error(kind: type[BaseException]) -> BaseException:
     """An exception of a class, with an argument for each parameter of its constructor."""
-    signature = inspect.signature(kind.__init__)
-    if kind.__init__ in (BaseException.__init__, Exception.__init__):
+    if not inspect.isfunction(kind.__init__):
         return kind("a message")
+    signature = inspect.signature(kind.__init__)
     values = {name: ARGUMENTS.get(name, f"the {name}") for name in list(signature.parameters)[1:]}
     parameters = {name: signature.parameters[name] for name in values}
     positional = [values[name] for name, parameter in parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]

@@ -30,6 +30,7 @@ log = logging.getLogger("pillarbox")
 
 # OpenTelemetry's own variables: either of the first two enables the export, and the third can disable it.
 _OTLP_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PORT_DIGITS_MAX: Final = 5
 _EXPORTER_VARIABLE: Final = "OTEL_METRICS_EXPORTER"
 
 
@@ -80,19 +81,25 @@ class MetricsExporters:
             raise UsageError(f"--metrics needs the package {error.name}: pip install 'pillarbox[metrics]'") from None
         host, _, port = address.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
-        if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        if not host or not port.isascii() or not port.isdigit() or len(port) > _PORT_DIGITS_MAX or int(port) > 65535:
             raise UsageError(f"--metrics {address}: use HOST:PORT, for example 127.0.0.1:9464")
         try:
             endpoint = PrometheusExporter(host, int(port), self._sink_snapshots, collector.collect)
         except OSError as error:
             raise UsageError(f"--metrics {address}: cannot listen on this address: {error.strerror or error}") from None
+        except UnicodeError:  # a name that cannot be one of a host
+            raise UsageError(f"--metrics {address}: use HOST:PORT, for example 127.0.0.1:9464") from None
         log.info("serving metrics at %s", endpoint.url)
         return endpoint
 
     def _open_otlp(self, url: str | None, collector: DirectoryCollector) -> None:
         if url is not None:
-            parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urlsplit(url)
+                is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:
+                is_valid = False
+            if not is_valid:
                 raise UsageError("--otlp: use a URL, for example http://127.0.0.1:4318")
             if "@" in parts.netloc:
                 raise UsageError("--otlp: remove user and password from the URL; set OTEL_EXPORTER_OTLP_HEADERS instead")

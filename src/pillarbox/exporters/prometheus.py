@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import socket
 import threading
-from http.server import ThreadingHTTPServer
-from socketserver import TCPServer
-from typing import TYPE_CHECKING, Final
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, Final
 
-from prometheus_client import CollectorRegistry, Histogram, MetricsHandler
+from prometheus_client import CollectorRegistry, Histogram, make_wsgi_app
 from prometheus_client import Metric as Family
 from prometheus_client.registry import Collector
 
 from pillarbox.exporters.collector import DIRECTORY_METRICS
+from pillarbox.exporters.scrape_server import Response, ScrapeServer
 from pillarbox.telemetry import DELIVERY_METRICS, FLUSH_BUCKETS_S, FLUSH_DURATION
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
     from pillarbox.telemetry import Metric
 
-_CLIENT_TIMEOUT_S: Final = 5.0  # the connection of a client that sends nothing for so long is closed
 # The words for OpenTelemetry's units in Prometheus names; other units in braces are left out.
 _UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
 
@@ -72,34 +69,6 @@ class _FamilyCollector(Collector):
             yield family
 
 
-class _MetricsServer(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False  # a client that hangs does not delay the exit
-
-    def server_bind(self) -> None:
-        """Bind without `HTTPServer`'s lookup of the host name, which may be slow."""
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
-
-class _MetricsHandler(MetricsHandler):
-    timeout = _CLIENT_TIMEOUT_S
-
-    def do_GET(self) -> None:  # noqa: N802 - http.server's own
-        """Answer a scrape."""
-        try:
-            if urlsplit(self.path).path == "/metrics":
-                super().do_GET()
-            else:
-                self.send_error(404, "the metrics are at /metrics")
-        except ConnectionError:
-            self.close_connection = True  # the client has disconnected
-
-    def version_string(self) -> str:
-        """Hide the versions of Python and the server."""
-        return "pillarbox"
-
-
 class PrometheusExporter:
     """Listens once it is created, and serves from `start` to `close`. Raises `OSError` if it cannot listen."""
 
@@ -113,12 +82,20 @@ class PrometheusExporter:
         self._families = _FamilyCollector([(DELIVERY_METRICS, sinks), (DIRECTORY_METRICS, directories)])
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._families)
+        self._app = make_wsgi_app(registry)
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = type("_Server", (_MetricsServer,), {"address_family": family})
-        self._server: ThreadingHTTPServer = listening(address, _MetricsHandler.factory(registry))
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+        self._server = ScrapeServer(listener, host, self._render)
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown}:{self._server.server_port}/metrics"
-        self._thread = threading.Thread(target=self._server.serve_forever, name="pillarbox-metrics", daemon=True)
+        self.url = f"http://{shown}:{listener.getsockname()[1]}/metrics"
+        self._thread = threading.Thread(target=self._server.serve, name="pillarbox-metrics", daemon=True)
 
     def start(self) -> None:
         """Start to serve."""
@@ -130,6 +107,23 @@ class PrometheusExporter:
 
     def close(self) -> None:
         """Stop serving and listening."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.stop()
         self._thread.join()
+
+    def _render(self, query: str, headers: dict[str, str]) -> Response:
+        """The metrics, in the format and encoding that a request accepts."""
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": "/metrics",
+            "QUERY_STRING": query,
+            "HTTP_ACCEPT": headers.get("accept", ""),
+            "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", ""),
+        }
+        answer = Response("500 Internal Server Error", [], b"")
+
+        def start_response(status: str, answer_headers: list[tuple[str, str]], *_: object) -> Any:
+            nonlocal answer
+            answer = Response(status, answer_headers, b"")
+
+        body = b"".join(self._app(environ, start_response))
+        return answer._replace(body=body)
