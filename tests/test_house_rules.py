@@ -140,7 +140,7 @@ def prints_of(tree: ast.AST) -> list[int]:
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             owner = getattr(getattr(node.func, "value", None), "id", "")
-            if name in {"echo", "secho", "Console"} or (name == "print" and owner not in {"out", "err"}):
+            if name in {"echo", "secho", "Console"} or (name == "print" and owner not in {"out", "err", "console"}):
                 lines.append(node.lineno)
         elif isinstance(node, ast.Attribute) and node.attr.strip("_") in {"stdout", "stderr"}:
             if isinstance(node.value, ast.Name) and node.value.id == "sys":
@@ -168,6 +168,7 @@ def test_only_one_module_prints(module: Path) -> None:
         "print(name)",
         "typer.echo(name)",
         "Console().print(name)",
+        "stream.print(name)",
         "sys.stdout.write(name)",
         "log(stream=sys.stderr)",
         "sys.__stdout__.buffer.write(name)",

@@ -50,7 +50,7 @@ def check_lines(text: str) -> None:
 def test_no_argument_of_a_log_line_begins_another_one(output: io.StringIO) -> None:
     """Texts, exceptions, objects, numbers; a number stays one."""
     log = logging.getLogger("pillarbox")
-    for value in (EVIL, ValueError(EVIL), Path(f"/{EVIL}"), EVIL.encode(), {EVIL: EVIL}, None):
+    for value in (EVIL, ValueError(EVIL), Path(f"/{EVIL}"), EVIL.encode(errors="replace"), {EVIL: EVIL}, None):
         log.warning("%s: %r failed", value, value)
     log.warning("%d of %g at %s", 5, 0.5, EVIL)
     log.warning("%(name)s", {"name": EVIL})

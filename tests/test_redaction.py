@@ -65,13 +65,13 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 @pytest.mark.parametrize("secret", SECRETS)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_a_secret_is_hidden_in_every_usual_encoding(encoding: str, secret: str) -> None:
-    """Also inside of a longer text. No eight characters of its encoded form remain, except what wraps it."""
+    """Also inside of a longer text. No eight characters of its encoded form remain."""
     encoded = ENCODINGS[encoding](secret)
     redacted = Redactor([secret])(f"you sent: {encoded}, which is wrong")
     assert "..." in redacted
-    pieces = [encoded[at : at + 8] for at in range(len(encoded) - 7)]
-    wrapping = ENCODINGS[encoding]("").strip() + "QmVhcmVyI" + "bWU6"
-    assert [piece for piece in pieces if piece in redacted and piece not in wrapping and not piece.startswith('{"mess')] == []
+    first = len(ENCODINGS[encoding]("").rstrip("="))  # what stands in front of the secret is no secret
+    pieces = [encoded[at : at + 8] for at in range(first, len(encoded) - 7)]
+    assert [piece for piece in pieces if piece in redacted] == []
 
 
 def test_a_secret_that_is_cut_off_is_hidden_too() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pillarbox.redaction import redact_text
 
-_VALUE_CHARS_MAX: Final = 200  # of a setting's value in a message
+_VALUE_CHARS_MAX: Final = 1000  # of a setting's value in a message
 
 
 class PicklableError(Exception):

@@ -30,7 +30,9 @@ class EscapingFilter(logging.Filter):
         """Escape a record in place; none is dropped."""
         if isinstance(record.args, tuple) and record.args:
             record.args = tuple(map(_escape_argument, record.args))
-        elif not record.args:  # relayed from a child process, as a whole text
+        elif record.args:
+            record.args = {name: _escape_argument(value) for name, value in record.args.items()}
+        else:  # relayed from a child process, as a whole text
             record.msg = one_line(str(record.msg))
         if record.exc_info and not record.exc_text and record.exc_info[0] is not None:
             record.exc_text = logging.Formatter().formatException(record.exc_info)

@@ -98,6 +98,7 @@ class Outbox(metaclass=OutboxMeta):
         on_invalid: Literal["drop", "raise"] = "drop",
         max_in_flight: int = 1,
         backoff_max: float = 30.0,
+        retry_after_max: float = 3600.0,
         call_timeout: float = 60.0,
         stop_after_rejected_batches: int = 3,
         max_rate: float | None = None,

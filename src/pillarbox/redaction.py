@@ -11,7 +11,7 @@ import html
 import json
 from base64 import b64encode
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -63,6 +63,8 @@ def redact_url(url: str) -> str:
     except ValueError:
         return f"{url.partition(':')[0]}://..."
     host = parts.netloc.rpartition("@")[2]
+    if not parts.scheme and (":" in url or "@" in url):
+        return _OMITTED  # no URL at all, but perhaps meant as one
     if parts.netloc and "@" not in parts.netloc and "@" in url:
         return f"{parts.scheme}://..."
     path = "/".join(map(redact_path_segment, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
@@ -109,7 +111,7 @@ def url_secrets(url: str) -> Iterator[str]:
             yield from (text, unquote(text))
         yield b64encode(pair.encode(errors="replace")).decode()
     yield from (value for _, value in parse_qsl(parts.query))
-    yield from (unquote_plus(pair.partition("=")[2]) for pair in parts.query.split("&"))
+    yield from (pair.partition("=")[2] for pair in parts.query.split("&"))
     if parts.scheme.lower() in _SCHEMES_WITH_KEYS:
         for segment in parts.path.split("/"):
             if redact_path_segment(segment) != segment:

@@ -72,6 +72,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     on_invalid: str = "drop"
     max_in_flight: int = 1
     backoff_max: float = 30.0
+    retry_after_max: float = 3600.0
     call_timeout: float = 60.0
     stop_after_rejected_batches: int = 3
     max_rate: float | None = None
@@ -101,6 +102,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return DeliveryConfig(
             poll_interval_s=self.flush_interval,
             backoff=Backoff(max_s=self.backoff_max),
+            retry_after_max_s=self.retry_after_max,
             stop_after_rejected_batches=self.stop_after_rejected_batches,
             max_age_s=self.max_age,
             max_in_flight=self.max_in_flight,
@@ -306,6 +308,7 @@ _PARSERS: Final[dict[str, Callable[[object], Any]]] = {
     "on_invalid": _choice_parser("drop", "raise"),
     "max_in_flight": _integer_parser(f"use a whole number of batches from 1 to {IN_FLIGHT_MAX}", 1, IN_FLIGHT_MAX),
     "backoff_max": _PARSE_INTERVAL,
+    "retry_after_max": _seconds_parser(AGE_MAX_S),
     "call_timeout": _PARSE_INTERVAL,
     "stop_after_rejected_batches": _integer_parser("use a whole number of batches, 0 or more", 0),
     "max_rate": _number_parser(

@@ -21,7 +21,7 @@ ARGUMENTS = {
     "check": ["sqlite:///events.db"],
     "dead purge": ["-d", "box", "--all"],
     "dead replay": ["-d", "box", "--all"],
-    "dead edit": ["-d", "box", "--all"],
+    "dead edit": ["-d", "box", "--all", "--editor", "true"],
     "deliver": ["-d", "box", "--once", "--sink", "sqlite:///events.db", "--metrics", "127.0.0.1:0"],
     "import": ["events.ndjson", "-d", "box"],
     "inspect": ["e-000001", "-d", "box"],
@@ -86,7 +86,7 @@ def test_no_module_of_a_command_comes_from_the_working_directory(folder: Path, c
 def test_python_m_pillarbox_imports_no_later_module_from_the_working_directory(folder: Path, arguments: list[str]) -> None:
     """What Python imports before the package's own code runs cannot be helped: the guide says to use `pillarbox`."""
     marker = folder / "imported.txt"
-    for name in ("sqlite3", "httpx", "backports", "typer", "rich", "h11", "certifi", "csv", "gzip"):
+    for name in ("sqlite3", "httpx", "backports", "typer", "rich", "h11", "certifi", "prometheus_client"):
         (folder / f"{name}.py").write_text(PLANTED.format(marker=str(marker)))
     command = [sys.executable, "-m", "pillarbox", *arguments]
     completed = subprocess.run(command, cwd=folder, env=CLEAN, capture_output=True, timeout=60, check=False)

@@ -23,6 +23,7 @@ from pillarbox.delivery.retry import (
     judge_rejections,
     validate_answer,
 )
+from pillarbox.settings import resolve
 from pillarbox.sinks.base import Batch, Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
 
 BACKOFF = Backoff(base_s=0.5, max_s=30.0)
@@ -92,7 +93,7 @@ def test_every_result_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
                 assert isinstance(action, Expire)
                 assert action.rejection.code == "too_old"
             case Retry(_, after) if after:
-                assert action == Wait(after, "busy")
+                assert action == Wait(min(after, rules.retry_after_max_s), "busy")
             case Retry():
                 assert isinstance(action, Wait)
                 assert action.seconds == share * min(BACKOFF.max_s, BACKOFF.base_s * 2.0 ** min(attempt, 32))
@@ -100,6 +101,17 @@ def test_every_result_has_an_action(answer: DeliveryResult, rules: DeliveryConfi
                 assert action == Stop(rules.recheck_s, reason)
             case Rejected():
                 assert isinstance(action, (Expire if too_old else Defer) if is_splitting_futile(lately, rules) else Split)
+
+
+@pytest.mark.parametrize(("asked_s", "waited_s"), [(7.0, 7.0), (3600.0, 3600.0), (3601.0, 3600.0), (1e11, 3600.0)])
+def test_no_destination_can_ask_for_a_longer_pause_than_allowed(asked_s: float, waited_s: float) -> None:
+    """Its clock may be wrong by years, and delivery would be too."""
+    context = AttemptContext()
+    assert decide(Retry("busy", asked_s), 1, 1, 0.5, context, DeliveryConfig()) == Wait(waited_s, "busy")
+    short = DeliveryConfig(retry_after_max_s=5.0)
+    assert decide(Retry("busy", asked_s), 1, 1, 0.5, context, short) == Wait(5.0, "busy")
+    assert resolve({}).delivery_config.retry_after_max_s == 3600.0
+    assert resolve({"retry_after_max": "5"}).delivery_config.retry_after_max_s == 5.0
 
 
 @pytest.mark.parametrize("rules", RULES, ids=lambda rules: f"{rules.stop_after_rejected_batches}-{rules.max_age_s}")

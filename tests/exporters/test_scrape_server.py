@@ -110,7 +110,7 @@ def test_slow_clients_cost_a_handful_of_descriptors_and_keep_no_scraper_out(serv
             with contextlib.suppress(OSError):
                 client.sendall(beginning)
         assert status_of(server.exchange(GET)) == 200
-        assert open_descriptors() - before <= len(clients) + 8
+        wait_until(lambda: open_descriptors() - before <= len(clients) + 8)
         assert threading.active_count() < 20
         assert status_of(server.exchange(GET)) == 200
 

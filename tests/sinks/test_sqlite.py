@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import os
 import sqlite3
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -54,6 +55,44 @@ def query(path: Path, statement: str) -> list[tuple[object, ...]]:
     rows = connection.execute(statement).fetchall()
     connection.close()
     return rows
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000])
+def test_a_new_database_is_private(tmp_path: Path, umask: int) -> None:
+    """With the files that SQLite keeps beside it; they hold the same events."""
+    path = tmp_path / "events.db"
+    before = os.umask(umask)
+
+    def read_modes() -> dict[str, int]:
+        return {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+
+    async def run() -> dict[str, int]:
+        sink = make_sink(f"sqlite:///{path}", TrackingEvent)
+        await sink.open()
+        await sink.deliver(batch(event(1)))
+        modes = read_modes()
+        await sink.close()
+        return modes
+
+    try:
+        modes = asyncio.run(run())
+    finally:
+        os.umask(before)
+    assert modes == {"events.db": 0o600, "events.db-wal": 0o600, "events.db-shm": 0o600}
+
+
+def test_an_existing_database_keeps_its_mode(tmp_path: Path) -> None:
+    """An operator may have let others read it; also behind a link."""
+    path = tmp_path / "events.db"
+    path.touch(0o640)
+    path.chmod(0o640)
+    link = tmp_path / "link.db"
+    link.symlink_to(path)
+    deliver(link, batch(event(1)))
+    assert path.stat().st_mode & 0o777 == 0o640
+    (tmp_path / "dangling.db").symlink_to(tmp_path / "target.db")
+    deliver(tmp_path / "dangling.db", batch(event(1)))
+    assert (tmp_path / "target.db").stat().st_mode & 0o777 == 0o600
 
 
 def test_duplicates_are_ignored_and_counted(tmp_path: Path) -> None:

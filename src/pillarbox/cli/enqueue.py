@@ -72,5 +72,6 @@ def enqueue(
         print_json_line(EnqueueResult(accepted, dropped), to_stderr=ack)
     elif not quiet or dropped:
         more = f" (the first {LINES_REPORTED_MAX} are listed above)" if dropped > LINES_REPORTED_MAX else ""
-        (err if ack else out).print(f"accepted {counted(accepted, 'event')}, dropped {dropped:,}{more}")
+        console = err if ack else out
+        console.print(f"accepted {counted(accepted, 'event')}, dropped {dropped:,}{more}")
     return ExitCode.PARTIAL if dropped else ExitCode.DONE

@@ -17,6 +17,7 @@ from pillarbox.admin.scan import FileProblem
 from pillarbox.admin.text import counted
 from pillarbox.cli.changes import PROBLEMS_SHOWN_MAX
 from pillarbox.cli.context import CommandContext
+from pillarbox.cli.csv_cells import escape_cell
 from pillarbox.cli.options import EventFilterOptions, JsonOption, OutboxOptions, QuietOption, expand_options
 from pillarbox.cli.output import ExitCode, err, flush_stdout, out, print_json, write_bytes
 from pillarbox.errors import UsageError
@@ -50,6 +51,9 @@ def export(
         str | None,
         typer.Option("--output", "-o", metavar="FILE", help="Output file; written whole or not at all.", show_default=False),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="With CSV: write cells as they are, also those that a spreadsheet would run.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     *,
     filters: EventFilterOptions,
@@ -75,7 +79,7 @@ def export(
         context.identity_decoder,
         context.validator,
     )
-    encoder = _CsvEncoder(event_type) if kind == "csv" else None
+    encoder = _CsvEncoder(event_type, raw=raw) if kind == "csv" else None
     count = 0
     with _open_output(output, force=force) as write, _show_progress(context, output) as show:
         if encoder is not None:
@@ -146,35 +150,35 @@ def _print_result(result: ExportResult, *, json: bool, quiet: bool) -> None:
 class _CsvEncoder:
     """Encodes events as CSV rows, with a column for each field of the event type."""
 
-    def __init__(self, event_type: type[msgspec.Struct]) -> None:
+    def __init__(self, event_type: type[msgspec.Struct], *, raw: bool) -> None:
+        self._escape: Callable[[str], str] = str if raw else escape_cell
         self.incomplete = 0  # events of which the row does not have everything
         self._columns = [field.encode_name for field in msgspec.structs.fields(event_type)]
         self._text = io.StringIO()
-        self._writer = csv.writer(self._text, lineterminator="\n")
+        self._writer = csv.writer(self._text)  # it quotes cells that contain a character of its line end, `\r\n`
 
     def header(self) -> bytes:
         """The row of column names."""
-        return self._encode_row(self._columns)
+        return self._encode_row(list(map(self._escape, self._columns)))
 
     def row(self, payload: bytes) -> bytes:
-        """An event's row: text as it is, null and missing fields empty, everything else as JSON."""
+        """An event's row: text (escaped if a spreadsheet would run it), null and missing fields empty, the rest as JSON."""
         try:
             fields = _decode_fields(payload)
         except msgspec.DecodeError:  # a dead letter can be any JSON
             self.incomplete += 1
             return b""
         self.incomplete += not fields.keys() <= set(self._columns)
-        return self._encode_row([_csv_cell(bytes(fields.get(name, b"null"))) for name in self._columns])
+        return self._encode_row([self._cell(bytes(fields.get(name, b"null"))) for name in self._columns])
+
+    def _cell(self, value: bytes) -> str:
+        if value == b"null":
+            return ""
+        return self._escape(msgspec.json.decode(value, type=str)) if value.startswith(b'"') else value.decode()
 
     def _encode_row(self, cells: list[str]) -> bytes:
         self._writer.writerow(cells)
-        line = self._text.getvalue().encode()
+        line = self._text.getvalue().removesuffix("\r\n").encode() + b"\n"
         self._text.seek(0)
         self._text.truncate()
         return line
-
-
-def _csv_cell(value: bytes) -> str:
-    if value == b"null":
-        return ""
-    return str(msgspec.json.decode(value)) if value.startswith(b'"') else value.decode()

@@ -60,6 +60,7 @@ def import_(
     ] = "auto",
     what: Annotated[ExportScope, typer.Option("--what", help="Which events of another outbox.")] = "pending",
     skip: Annotated[int, typer.Option("--skip", metavar="N", min=0, help="Skip the first N lines, rows or events.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="CSV cells are as they are: `export` did not escape them.")] = False,
     rejects: Annotated[
         str | None,
         typer.Option("--rejects", metavar="FILE", help="Append lines that are not accepted to FILE.", show_default=False),
@@ -83,7 +84,7 @@ def import_(
     settings = msgspec.structs.replace(options.load_settings(), sink=None, on_invalid="drop", **when_full)
     identity_decoder = IdentityDecoder(settings.event_type)
     validator = ReplayValidator(settings.event_type, identity_decoder.id_field)
-    reader = ImportReader(settings.event_type, validator)
+    reader = ImportReader(settings.event_type, validator, raw_cells=raw)
     result = ImportResult(dry_run=dry_run, problems=[])
     with ExitStack() as stack:
         if _is_outbox(source, kind):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from pillarbox.admin.replay import InvalidReplayError, ReplayValidator
+from pillarbox.cli.csv_cells import unescape_cell
 from pillarbox.cli.input import strict_decoder
 from pillarbox.codec import Codec
 from pillarbox.errors import InvalidEventError, UsageError
@@ -37,7 +38,8 @@ class ImportItem(NamedTuple):
 class ImportReader:
     """Turns lines, rows and exported events into items, for one event type."""
 
-    def __init__(self, event_type: type[msgspec.Struct], validator: ReplayValidator) -> None:
+    def __init__(self, event_type: type[msgspec.Struct], validator: ReplayValidator, *, raw_cells: bool) -> None:
+        self._unescape: Callable[[str], str] = str if raw_cells else unescape_cell
         self._validator = validator
         self._strict = strict_decoder(event_type)
         self._encode = Codec(event_type).encode
@@ -59,7 +61,7 @@ class ImportReader:
         """Items of the rows of CSV; raises `UsageError` if the first row does not name fields of the event type."""
         csv.field_size_limit(EVENT_BYTES_MAX)
         rows = csv.reader(line.decode("utf-8", "surrogateescape") for line in lines)
-        header = [name.removeprefix(_BYTE_ORDER_MARK) for name in next(rows, [])]
+        header = [self._unescape(name.removeprefix(_BYTE_ORDER_MARK)) for name in next(rows, [])]
         unknown = [name for name in header if name not in self._fields]
         if not header or unknown or len(set(header)) < len(header):
             if unknown:
@@ -83,7 +85,7 @@ class ImportReader:
             if len(row) != len(header):
                 yield ImportItem(number, raw, b"", f"{len(row)} cells, but the first row has {len(header)}")
                 continue
-            cells = dict(zip(header, row, strict=True))
+            cells = dict(zip(header, map(self._unescape, row), strict=True))
             try:
                 fields = {name: self._value(name, cell) for name, cell in cells.items() if cell or self._is_required(name)}
                 payload = msgspec.json.encode(fields)
@@ -148,5 +150,5 @@ class ImportReader:
 def encode_row(cells: Iterable[str]) -> bytes:
     """Encode a row of CSV, with its line feed."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().encode("utf-8", "surrogateescape")
+    csv.writer(text).writerow(cells)  # it quotes cells that contain a character of its line end, `\r\n`
+    return text.getvalue().removesuffix("\r\n").encode("utf-8", "surrogateescape") + b"\n"

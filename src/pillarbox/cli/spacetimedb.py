@@ -12,10 +12,11 @@ import typer
 
 from pillarbox.cli.context import load_settings
 from pillarbox.cli.options import CONTEXT_SETTINGS, EventTypeOption, JsonOption
-from pillarbox.cli.output import ExitCode, out, print_json_line
+from pillarbox.cli.output import ExitCode, err, out, print_json_line
 from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.escaping import one_line
 from pillarbox.redaction import redact_text
+from pillarbox.sinks.base import is_loopback
 from pillarbox.store.os_filesystem import create_private_file, exists
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def publish(
     if not _NAME.fullmatch(database):
         raise ConfigurationError("database", database, "the command line", "use lower-case letters and digits, joined by -")
     token = find_token("", token_file if exists(token_file) else None)
+    if not server.startswith("https:") and not is_loopback(urlsplit(server).hostname or ""):
+        err.print(f"{server}: the token is sent over plain http, where the network can read it: use https")
     made = token is None
     if token is None:
         _, token = asyncio.run(publish.new_identity(server.rstrip("/")))

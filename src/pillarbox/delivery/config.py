@@ -43,6 +43,7 @@ class DeliveryConfig(NamedTuple):
     """The settings of one delivery worker. Times in seconds."""
 
     poll_interval_s: float = 1.0  # between two scans of an idle directory
+    retry_after_max_s: float = 3600.0  # of a destination that asks for a longer pause, this much is waited
     recheck_s: float = 15.0  # between two attempts at a destination that is set up wrongly
     backoff: Backoff = Backoff()
     stop_after_rejected_batches: int = 3  # wholly rejected, in a row; 0: never stop, and every rejection is final

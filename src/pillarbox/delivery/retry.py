@@ -130,8 +130,9 @@ def decide(
         case Rejected():
             return Split()
         case Retry(reason, after):
-            # Neither earlier nor later than the destination asks for; without a time of its own, the backoff's.
-            seconds = after or config.backoff.delay(attempt, jitter_share)
+            # Neither earlier nor later than the destination asks for, up to a limit: its clock or its configuration may be
+            # wrong, and delivery must not stop for years. Without a time of its own, the backoff's.
+            seconds = min(after, config.retry_after_max_s) if after else config.backoff.delay(attempt, jitter_share)
             return _expire_if_old(context, config) or Wait(seconds, reason)
         case Misconfigured(reason):
             return _expire_if_old(context, config) or Stop(config.recheck_s, reason)

@@ -68,5 +68,8 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
     except PillarboxError:
         raise
     except (ValueError, LookupError, RecursionError) as error:  # of the parser of URLs, or of another package's sink
-        raise ConfigurationError("sink", redact_url(url), "the call", f"correct the URL ({redact(str(error))})") from None
+        shown = redact_url(url)
+        # The secrets of a text that cannot be split are unknown.
+        problem = type(error).__name__ if shown.endswith("...") else redact(str(error))
+        raise ConfigurationError("sink", shown, "the call", f"correct the URL ({problem})") from None
     return sink if import_path is not None else RedactingSink(sink, redact)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +14,18 @@ if TYPE_CHECKING:
     from pillarbox.outcome import Durability
 
 YIELD_EVERY_RECORDS: Final = 50  # how many records a sink may process between two calls of `Batch.yield_gil`
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, so that what is sent to it crosses no network."""
+    name = host.lower().rstrip(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 class UnconfirmedError(Exception):

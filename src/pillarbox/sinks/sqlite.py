@@ -7,6 +7,7 @@ afterwards and its events must survive a loss of power in the database too.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sqlite3
 from types import UnionType
@@ -31,7 +32,7 @@ from pillarbox.sinks.base import (
     Retry,
     SinkCapabilities,
 )
-from pillarbox.store.os_filesystem import absolute_path, file_identity
+from pillarbox.store.os_filesystem import absolute_path, ensure_private_file, file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,11 +60,14 @@ class SqliteSink:
     capabilities = SinkCapabilities(deduplicates_by="event_id", survives="power", combines_files=True)
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
-        parts = urlsplit(url)
+        advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ConfigurationError("sink", redact_url(url), "the call", advice) from None
         options = parse_qs(parts.query)
         self._path = unquote(parts.path.removeprefix("/"))
         if parts.netloc or not self._path or self._path == ":memory:" or "\0" in self._path or set(options) - {"table"}:
-            advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"
             raise ConfigurationError("sink", redact_url(url), "the call", advice)
         self._path = absolute_path(self._path)  # the process may change its working directory before it is opened
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
@@ -81,6 +85,8 @@ class SqliteSink:
         """Open the database and create the table where it does not exist."""
         if self._connection is not None:
             return
+        with contextlib.suppress(OSError):  # SQLite says why it cannot be opened
+            ensure_private_file(self._path)  # SQLite would let other users read it; its other files get the same mode
         try:
             connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         except sqlite3.Error as error:

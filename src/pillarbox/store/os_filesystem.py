@@ -548,6 +548,11 @@ def create_private_file(path: str, data: bytes) -> None:
         file.write(data)
 
 
+def ensure_private_file(path: str) -> None:
+    """Create an empty file that only its owner may read, unless there is one. Follows links."""
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, _FILE_MODE))
+
+
 @contextlib.contextmanager
 def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], int]]:
     """Write a file that the user names: to a temporary file, renamed once it is complete and durable.

@@ -15,7 +15,6 @@ show that an event was at fault: delivery stops instead, and a person decides.
 from __future__ import annotations
 
 import re
-from email.utils import mktime_tz, parsedate_tz
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
@@ -23,21 +22,29 @@ import msgspec
 
 from pillarbox.redaction import NO_SECRETS, TEXT_BYTES_MAX, excerpt
 from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
+from pillarbox.sinks.retry_after import RETRY_AFTER_MAX_S, parse_retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+__all__ = [
+    "REMEDIES",
+    "RESPONSE_BYTES_MAX",
+    "RETRY_AFTER_MAX_S",
+    "HttpResponse",
+    "classify_response",
+    "needs_body",
+    "parse_retry_after",
+]
+
 RESPONSE_BYTES_MAX: Final = 2**20  # bytes read of one response; enough to name and explain 5,000 rejected records
-RETRY_AFTER_MAX_S: Final = 1e11  # 3,000 years: longer than any process runs, and still a valid date
 _EXCERPT_CHARS_MAX: Final = 200  # characters of a response that a message quotes
 _CODE_CHARS_MAX: Final = 64
-_HEADER_CHARS_MAX: Final = 200  # of a header whose value is parsed
 _ENTRIES_PER_RECORD_MAX: Final = 16  # what a response may say about one record, field by field
 _RETRYABLE: Final = frozenset({408, 409, 425, 429})
 _PERMANENT_5XX: Final = frozenset({501, 505, 511})  # the 5xx that a retry does not resolve
 _REJECTING: Final = frozenset({400, 422})
 _STATUS_ONLY_HINT: Final = "; to judge responses by their status only, add answer=status to the sink's options"
-_SECONDS_FORM = re.compile(r"[+-]?\d+(\.\d*)?")
 _TITLE = re.compile(
     rb"<title[^<>]{0,200}>([^<]{0,1000})<", re.IGNORECASE
 )  # bounded: a server may send `<title` a thousand times
@@ -198,31 +205,6 @@ def _parse_rejection(entry: dict[str, Any], redact: Callable[[str], str]) -> Rej
         excerpt(str(code), _CODE_CHARS_MAX, redact) if isinstance(code, (str, int)) and code else "refused_by_destination",
         excerpt(reason, _EXCERPT_CHARS_MAX, redact) if isinstance(reason, str) else "the server gave no reason",
     )
-
-
-def parse_retry_after(text: str, date: str, now_s: float) -> float | None:
-    """Return the seconds until the time that `Retry-After` names; None where it names none.
-
-    A date counts from the response's own `Date`, where it has one, because the server's clock may differ from ours.
-    """
-    text, date = text[:_HEADER_CHARS_MAX].strip(), date[:_HEADER_CHARS_MAX]
-    if _SECONDS_FORM.fullmatch(text):
-        seconds = float(text)
-    else:
-        then, now = _parse_http_date(text), _parse_http_date(date)
-        if then is None:
-            return None
-        seconds = then - (now_s if now is None else now)
-    return min(max(0.0, seconds), RETRY_AFTER_MAX_S)
-
-
-def _parse_http_date(text: str) -> float | None:
-    """Parse an HTTP date, in any of its three formats, to Unix time."""
-    try:
-        parts = parsedate_tz(text)
-        return None if parts is None else float(mktime_tz(parts))
-    except (ValueError, OverflowError, IndexError, TypeError):
-        return None
 
 
 def _with_excerpt(sentence: str, response: HttpResponse, redact: Callable[[str], str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import os
 import ssl
 from base64 import b64encode
@@ -31,6 +32,7 @@ from pillarbox.sinks.base import (
     Rejected,
     Retry,
     SinkCapabilities,
+    is_loopback,
 )
 from pillarbox.sinks.http.encoding import BodyEncoder, EncodedBody
 from pillarbox.sinks.http.responses import REMEDIES, RESPONSE_BYTES_MAX, HttpResponse, classify_response, needs_body
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
 
+log = logging.getLogger("pillarbox")
+
+_PLAIN_HTTP_WARNING: Final = "credentials are sent over http, where the network can read them: use https"
 _CONNECT_TIMEOUT_MAX_S: Final = 10.0  # part of the request's timeout, for a server that does not accept the connection
 _KEEPALIVE_S: Final = 4.0  # an idle connection is closed before the server does it; many servers do so after 5 s
 _EXCERPT_CHARS_MAX: Final = 200
@@ -60,6 +65,7 @@ class HttpSink:
         self._connect_timeout_s = min(_CONNECT_TIMEOUT_MAX_S, self._settings.timeout_s)
         self._transport: httpx.AsyncHTTPTransport | None = None
         self._connection_slots = asyncio.Semaphore()
+        self._plain_http_warning_logged = False
         self._headers = (
             ("User-Agent", f"pillarbox/{version('pillarbox')}"),
             ("Accept", "application/json"),
@@ -83,6 +89,12 @@ class HttpSink:
             SinkUnusableError: a secret is missing, or a secret or certificate file cannot be used.
         """
         self._ensure_transport()
+        if self._sends_credentials_unencrypted() and not self._plain_http_warning_logged:
+            self._plain_http_warning_logged = True
+            log.warning("%s: %s", self._settings.origin, _PLAIN_HTTP_WARNING)
+
+    def _sends_credentials_unencrypted(self) -> bool:
+        return self._settings.origin.startswith("http:") and bool(self._credentials.headers) and not is_loopback(self._url.host)
 
     def _ensure_transport(self) -> httpx.AsyncHTTPTransport:
         if self._transport is None:
@@ -220,9 +232,7 @@ class HttpSink:
             return [CheckResult(ok=False, message=str(error))]
         results = [CheckResult(ok=True, message=self._describe_credentials())]
         if self._settings.origin.startswith("http:") and (self._credentials.headers or self._credentials.proxy_url):
-            results.append(
-                CheckResult(ok=True, message="credentials are sent over http, where the network can read them: use https")
-            )
+            results.append(CheckResult(ok=True, message=_PLAIN_HTTP_WARNING))
         response = await self._exchange("OPTIONS", [*self._headers, *self._credentials.headers], b"")
         if not isinstance(response, HttpResponse):
             return [*results, CheckResult(ok=False, message=response.reason)]
@@ -263,7 +273,7 @@ def _ssl_context(settings: HttpSettings) -> ssl.SSLContext:
         return httpx.create_ssl_context()
     try:
         return ssl.create_default_context(cafile=settings.ca_file)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise SinkUnusableError(
             f"ca_file {settings.ca_file} cannot be read ({error}): name a file with certificates in PEM format"
         ) from None

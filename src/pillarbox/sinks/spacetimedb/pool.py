@@ -7,6 +7,7 @@ A server that was restarted must not confirm what its predecessor answered, so `
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -25,6 +26,10 @@ _PORTS: Final = {"http": 80, "https": 443}
 
 class TransportError(Exception):
     """A request got no response. The message says why."""
+
+
+class UntrustedCertificateError(TransportError):
+    """The server's certificate is not trusted; a person must change something."""
 
 
 class PooledConnection:
@@ -65,13 +70,19 @@ class PooledConnection:
         self.last_used = connection
         values = dict(response.headers)
         has_execution_time = b"spacetime-execution-duration-micros" in values
-        kind, after = (values.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after"))
-        return SpacetimeDbResponse(response.status, kind, after, response.body, has_execution_time, self._redact)
+        kind, after, date = (values.get(name, b"").decode("latin-1") for name in (b"content-type", b"retry-after", b"date"))
+        return SpacetimeDbResponse(response.status, kind, after, response.body, has_execution_time, self._redact, date)
 
     async def _connect(self) -> Http1Connection:
         if self._connection is None or self._connection.is_closed:
             try:
                 self._connection = await connect(self._host, self._port, self._timeout_s, secure=self._secure)
+            except ssl.SSLCertVerificationError as error:
+                problem = excerpt(error.verify_message, _EXCERPT_CHARS_MAX, self._redact)
+                raise UntrustedCertificateError(
+                    f"the certificate of {self._server} is not trusted ({problem}): replace it, or name a file with the "
+                    "authority that issued it in the environment variable SSL_CERT_FILE"
+                ) from None
             except OSError as error:
                 text = str(error) or type(error).__name__
                 advice = "check that the server is running, and the host and port in the URL"

@@ -12,6 +12,7 @@ import msgspec
 
 from pillarbox.redaction import NO_SECRETS, TEXT_BYTES_MAX, Redactor, excerpt
 from pillarbox.sinks.base import Delivered, DeliveryResult, Misconfigured, PartialFailure, Rejected, Rejection, Retry
+from pillarbox.sinks.retry_after import parse_retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,6 +39,7 @@ class SpacetimeDbResponse(NamedTuple):
     body: bytes
     has_execution_time: bool  # SpacetimeDB sends it whenever it has run a function
     redact: Redactor = NO_SECRETS  # removes the token from a text
+    date: str = ""
 
     @property
     def function_error(self) -> str:
@@ -109,9 +111,8 @@ def classify_response(
             Rejection("too_large", f"the call is too large for the server; events in it: {len(indexes)}: {response.excerpt}")
         )
     if status in _RETRYABLE:
-        return Retry(
-            f"the server responded with {status}: {response.excerpt or 'no text'}", _parse_retry_after(response.retry_after)
-        )
+        after = parse_retry_after(response.retry_after, response.date, None)
+        return Retry(f"the server responded with {status}: {response.excerpt or 'no text'}", after)
     return Misconfigured(_explain_misconfiguration(response, function))
 
 
@@ -195,7 +196,3 @@ def _is_panic(response: SpacetimeDbResponse) -> bool:
 def _html_title(response: SpacetimeDbResponse) -> str:
     title = _TITLE.search(response.body[:TEXT_BYTES_MAX])
     return excerpt(title[1], 100, response.redact) if title else "no title"
-
-
-def _parse_retry_after(retry_after: str) -> float | None:
-    return float(retry_after) if retry_after.isascii() and retry_after.isdigit() else None

@@ -46,7 +46,10 @@ class DatabaseSchema:
             raw = msgspec.json.decode(text)
             self._types: list[AlgebraicType] = raw["typespace"]["types"]
             self.tables = [str(table["name"]) for table in raw["tables"]]
-            self._raw_tables = raw["tables"]
+            self._rows_by_table = {
+                str(table["name"]): ({"Ref": table["product_type_ref"]}, "Private" in table["table_access"])
+                for table in raw["tables"]
+            }
             self.lifecycle = [str(reducer["name"]) for reducer in raw["reducers"] if "some" in reducer.get("lifecycle", {})]
             self.functions = {
                 str(reducer["name"]): ModuleFunction(
@@ -67,7 +70,7 @@ class DatabaseSchema:
 
     def _check_types(self) -> None:
         """Check that every type has one of the forms above and refers to existing types: any text may come from the network."""
-        types = [*self._types, *({"Ref": table["product_type_ref"]} for table in self._raw_tables)]
+        types = [*self._types, *(row for row, _ in self._rows_by_table.values())]
         for function in self.functions.values():
             types += [parameter.type for parameter in function.parameters]
             types += [] if function.returns is None else [function.returns]
@@ -110,10 +113,8 @@ class DatabaseSchema:
 
     def table_columns(self, name: str) -> tuple[list[NamedType], bool]:
         """Return a table's columns and whether the table is private."""
-        for table in self._raw_tables:
-            if table["name"] == name:
-                return self.product_fields({"Ref": table["product_type_ref"]}) or [], "Private" in table["table_access"]
-        return [], False
+        row, is_private = self._rows_by_table.get(name, (None, False))
+        return (self.product_fields(row) or [] if row is not None else []), is_private
 
     def return_kind(self, function: ModuleFunction) -> ReturnKind:
         """Return what a successful call of the function responds with."""

@@ -28,10 +28,16 @@ from pillarbox.sinks.base import (
     UnconfirmedError,
 )
 from pillarbox.sinks.spacetimedb.encoding import RowEncoder
-from pillarbox.sinks.spacetimedb.pool import ConnectionPool, PooledConnection, TransportError, group_by_connection
+from pillarbox.sinks.spacetimedb.pool import (
+    ConnectionPool,
+    PooledConnection,
+    TransportError,
+    UntrustedCertificateError,
+    group_by_connection,
+)
 from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse, classify_response, parse_version
 from pillarbox.sinks.spacetimedb.schema import DatabaseSchema, SchemaError
-from pillarbox.sinks.spacetimedb.url import TOKEN_VARIABLE, parse_url
+from pillarbox.sinks.spacetimedb.url import PLAIN_HTTP_WARNING, TOKEN_VARIABLE, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -99,6 +105,7 @@ class SpacetimeDbSink:
         self._unconfirmable: set[str] = set()  # accepted batches whose connections were closed
         self._bad_value_calls = 0  # calls in a row that were rejected for a value
         self._token_warning_logged = False
+        self._plain_http_warning_logged = False
 
     async def open(self) -> None:
         """Connect and read the schema; raises `SinkUnusableError` for a misconfiguration."""
@@ -110,6 +117,9 @@ class SpacetimeDbSink:
                 self._settings.server,
                 TOKEN_VARIABLE,
             )
+        if self._settings.sends_token_unencrypted and not self._plain_http_warning_logged:
+            self._plain_http_warning_logged = True
+            log.warning("%s: %s", self._settings.server, PLAIN_HTTP_WARNING)
         result = await self._bind_module()
         if isinstance(result, Misconfigured):
             raise SinkUnusableError(result.reason)
@@ -135,7 +145,7 @@ class SpacetimeDbSink:
             health = await self._request("GET", "/v1/health")
             response = await self._request("GET", f"{settings.database_path('schema')}?version=9")
         except TransportError as error:
-            return Retry(str(error))
+            return _failure_of(error)
         version = parse_version(health) or "unknown version"
         if response.status != 200 or response.is_html:
             result = classify_response(response, settings.function, (), "nothing")
@@ -203,7 +213,7 @@ class SpacetimeDbSink:
         try:
             response, sent = await self._send_call(call)
         except TransportError as error:
-            return Retry(str(error))
+            return _failure_of(error)
         result = classify_response(response, self._settings.function, call.indexes, binding.encoder.returns)
         if isinstance(result, Delivered):
             self._unconfirmed.setdefault(batch.id.partition(":")[0], []).append(sent)
@@ -288,6 +298,8 @@ class SpacetimeDbSink:
                     response = await connection.request("POST", self._settings.database_path("sql"), _CONFIRMING_QUERY)
                 else:
                     response = await connection.request("GET", "/v1/ping")
+            except UntrustedCertificateError as error:
+                raise SinkUnusableError(str(error)) from None
             except TransportError as error:
                 raise UnconfirmedError(str(error)) from None
             if transports != {connection.last_used}:
@@ -306,6 +318,8 @@ class SpacetimeDbSink:
             "a token is set" if settings.token else f"no token is set, so each call gets a new identity; set {TOKEN_VARIABLE}"
         )
         results = [CheckResult(ok=True, message=token)]
+        if settings.sends_token_unencrypted:
+            results.append(CheckResult(ok=True, message=PLAIN_HTTP_WARNING))
         binding = await self._bind_module()
         if not isinstance(binding, _ModuleBinding):
             return [*results, CheckResult(ok=False, message=binding.reason)]
@@ -350,6 +364,11 @@ class SpacetimeDbSink:
         self._unconfirmed.clear()
         if lanes is not None:
             await lanes.close()
+
+
+def _failure_of(error: TransportError) -> Retry | Misconfigured:
+    """The result of a request that got no response."""
+    return Misconfigured(str(error)) if isinstance(error, UntrustedCertificateError) else Retry(str(error))
 
 
 def _major_version(version: str) -> int:

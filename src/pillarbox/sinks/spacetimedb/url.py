@@ -12,11 +12,15 @@ import msgspec
 
 from pillarbox.errors import ConfigurationError
 from pillarbox.redaction import NO_SECRETS, Redactor
+from pillarbox.sinks.base import is_loopback
 from pillarbox.sinks.options import SOURCE, parse_number
 from pillarbox.store.os_filesystem import read_file
 
 TOKEN_VARIABLE: Final = "PILLARBOX_SPACETIMEDB_TOKEN"  # noqa: S105 - the name of the variable
 TIMEOUT_MAX_S: Final = 110.0  # below delivery's own limit for a call, whose error would be less specific
+PLAIN_HTTP_WARNING: Final = (
+    "the token is sent over plain http, where the network can read it: use spacetimedb+https:// and a server behind TLS"
+)
 _OPTION_NAME: Final = re.compile(r"[a-z_]{1,24}")
 DEFAULT_FUNCTION: Final = "record_tracking_events"
 _PART_CHARS_MIN: Final = 16  # of a token's parts between dots: the claims, and the signature
@@ -74,6 +78,12 @@ class SpacetimeDbSettings(NamedTuple):
     def database_path(self, *parts: str) -> str:
         """Return the request path of a part of the database."""
         return "/".join(["/v1/database", *(quote(part, safe="") for part in (self.database, *parts))])
+
+    @property
+    def sends_token_unencrypted(self) -> bool:
+        """Whether the token crosses a network that can read it."""
+        parts = urlsplit(self.server)
+        return self.token is not None and parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
     def redactor(self) -> Redactor:
         """Return what removes the token from texts."""
