@@ -7,6 +7,7 @@ everything that commands print, and `EscapingFilter` for everything that the pac
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 _TRACEBACK_INDENT = "  "
 
@@ -30,7 +31,7 @@ class EscapingFilter(logging.Filter):
         """Escape a record in place; none is dropped."""
         if isinstance(record.args, tuple) and record.args:
             record.args = tuple(map(_escape_argument, record.args))
-        elif record.args:
+        elif isinstance(record.args, Mapping) and record.args:
             record.args = {name: _escape_argument(value) for name, value in record.args.items()}
         else:  # relayed from a child process, as a whole text
             record.msg = one_line(str(record.msg))

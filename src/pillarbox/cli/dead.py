@@ -248,7 +248,7 @@ class _DeadLetterPreview:
         elif not self._limit or self._count <= self._limit:
             letter = record.letter
             line = f"{record.name}  {_or_dash(record.event_id)}  {_or_dash(record.event_key)}  {letter.code}: {letter.reason}"
-            self._lines.append(line + (f"\n  {payload.decode()}" if self._events else ""))
+            self._lines += [line, *([f"  {payload.decode()}"] if self._events else [])]
         elif self._count == self._limit + 1:
             self._lines.append("...")
 

@@ -29,7 +29,7 @@ class EscapingConsole(Console):
     """A console that prints each text as one line of printable characters; several texts may be several lines."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print texts, escaped, or what rich renders."""
@@ -161,7 +161,7 @@ def wait_while_read(seconds: float) -> None:
 
 def screen_console() -> Console:
     """A console for a display that is drawn again and again. What it shows must be escaped already."""
-    return Console(highlight=False, emoji=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def print_usage_error(lines: str) -> None:

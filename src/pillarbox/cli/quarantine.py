@@ -249,7 +249,7 @@ def repair(
         if json:
             items.append(_to_repaired_range(found))
         elif not quiet:
-            context.item_lines.append(_describe_repair(found, checked=checked))
+            context.item_lines += _describe_repair(found, checked=checked)
 
     context.require_single_directory(Kind.CORRUPT)
     repairer = QuarantineRepairer(context.directory, context.clock, record_filter, context.report)
@@ -276,13 +276,13 @@ def _to_repaired_range(found: RangeRepair) -> RepairedRange:
     )
 
 
-def _describe_repair(found: RangeRepair, *, checked: bool) -> str:
+def _describe_repair(found: RangeRepair, *, checked: bool) -> list[str]:
     lines = [f"{found.batch}, range {found.number}: {found.range.reason}"]
     for event in found.salvage.events:
         skipped = "skipped: " if checked and not event.verified else ""
         lines += [f"  event: {skipped}{event.how}", f"    {event.payload.decode()}"]
     lines += [f"  no event: it {problem}" for problem in found.salvage.problems]
-    return "\n".join(lines)
+    return lines
 
 
 @quarantine.command("purge")
