@@ -301,11 +301,8 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
             if needed:
                 return failed("hard link", f"{text}, but several sinks need hard links: {_USE_LOCAL_DISK}")
             return passed("hard link", f"{text}; a single sink needs none")
-    try:
-        fd = directory.filesystem.open_existing(directory.path_of(name))
-    except FileUnusableError:
+    if os_filesystem.link_count(directory.path_of(name)) > 1:
         return passed("hard link", "can be created, and is counted")
-    directory.filesystem.close(fd)
     return passed("hard link", "can be created, but is not counted: a second link to a file of the store goes unnoticed")
 
 

@@ -69,7 +69,7 @@ class SqliteSink:
         self._path = unquote(parts.path.removeprefix("/"))
         if parts.netloc or not self._path or self._path == ":memory:" or "\0" in self._path or set(options) - {"table"}:
             raise ConfigurationError("sink", redact_url(url), "the call", advice)
-        self._path = absolute_path(self._path)  # the process may change its working directory before it is opened
+        self._absolute_path = absolute_path(self._path)  # the process may change its working directory before it is opened
         self._table = options.get("table", [snake_case(event_type.__name__)])[0]
         self._fields = msgspec.structs.fields(event_type)
         self._decoder = msgspec.json.Decoder(without_post_init(event_type))
@@ -86,9 +86,9 @@ class SqliteSink:
         if self._connection is not None:
             return
         with contextlib.suppress(OSError):  # SQLite says why it cannot be opened
-            ensure_private_file(self._path)  # SQLite would let other users read it; its other files get the same mode
+            ensure_private_file(self._absolute_path)  # SQLite would let other users read it; its other files get the same mode
         try:
-            connection = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            connection = sqlite3.connect(self._absolute_path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         except sqlite3.Error as error:
             raise SinkUnusableError(self._explain(error)) from None
         try:
@@ -101,7 +101,7 @@ class SqliteSink:
                 raise
             raise SinkUnusableError(self._explain(error)) from None
         self._connection = connection
-        self._opened_file = file_identity(self._path)
+        self._opened_file = file_identity(self._absolute_path)
 
     def prepare(self, batch: Batch) -> None:
         """Do nothing: this thread also runs the transaction, so there is no time to use."""
@@ -131,7 +131,7 @@ class SqliteSink:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return Retry(f"SQLite: {error}") if _is_transient(error) else Misconfigured(self._explain(error))
-        if file_identity(self._path) != self._opened_file:
+        if file_identity(self._absolute_path) != self._opened_file:
             await self.close()
             await self.open()
             return Retry(f"{self._path} was moved, deleted or replaced; the sink has opened the new file")

@@ -513,6 +513,11 @@ def absolute_path(path: str) -> str:
     return path if os.path.isabs(path) else os.path.join(working_directory(), path)
 
 
+def link_count(path: str) -> int:
+    """The number of hard links of a file."""
+    return os.lstat(path).st_nlink
+
+
 def exists(path: str) -> bool:
     """Whether a path that the user names exists."""
     return os.path.lexists(path)
