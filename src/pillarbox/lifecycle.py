@@ -8,13 +8,18 @@ from os import register_at_fork
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
-EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries when the program exits
+from pillarbox.clock import SystemClock
+
+EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries of all outboxes together when the program exits
 
 
 class ManagedOutbox(Protocol):
     """An `Outbox`, as far as this module uses it."""
 
-    def close(self, timeout: float) -> None:
+    def _begin_close(self) -> bool:
+        """Accept nothing more, and begin to seal. False if there is nothing to close."""
+
+    def _finish_close(self, timeout: float) -> None:
         """Seal, and deliver what can be delivered without waiting."""
 
     def _reset_after_fork(self) -> None:
@@ -67,8 +72,11 @@ def _after_fork() -> None:
 
 
 def _at_exit() -> None:
-    for outbox in list(_outboxes):
-        outbox.close(EXIT_TIMEOUT_S)
+    clock = SystemClock()
+    deadline = clock.monotonic() + EXIT_TIMEOUT_S
+    closing = [outbox for outbox in list(_outboxes) if outbox._begin_close()]  # noqa: SLF001
+    for outbox in closing:
+        outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
 
 
 register_at_fork(after_in_child=_after_fork)

@@ -530,18 +530,27 @@ class Outbox(metaclass=OutboxMeta):
         Args:
             timeout: How long to deliver, in seconds. It takes little longer at most.
         """
+        if self._begin_close():
+            self._finish_close(timeout)
+
+    def _begin_close(self) -> bool:
+        """Accept nothing more, and begin to seal. False if there is nothing to close."""
         with self._start_lock:
             if self._closed:
-                return
+                return False
             self._closed = True
-        if not self._started:
-            return
+        if self._started:
+            self._sealer.request_stop()
+        return self._started
+
+    def _finish_close(self, timeout: float) -> None:
         deadline = self._clock.monotonic() + timeout
         if not self._sealer.stop(timeout):
             log.warning("%s: not sealed within %g s; the next start takes over the active file", self.name, timeout)
         if self._runner is not None:
             self._runner.notify()
             self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
+        self._committer.stop()
         self._ledger.write(sync=False)  # entries that could not be written while another process held its lock
 
     def __enter__(self) -> Self:

@@ -114,6 +114,7 @@ class GroupCommitter:
         self._leader = _NO_LEADER
         self._threads_inside: set[int] = set()  # threads that are in `commit`
         self._helper: threading.Thread | None = None
+        self._ending = False
         self._helper_lock = _acquired_lock()
 
     def commit(self, lines: bytes, events: int) -> Outcome | None:
@@ -216,6 +217,10 @@ class GroupCommitter:
         with self._lock:
             entries = [*self._unanswered(), *self._queue]
         return any(entry.loop is not None for entry in entries)
+
+    def _has_work(self) -> bool:
+        """Whether a commit is not answered, or an answered coroutine is not woken."""
+        return bool(self._queue or self._appending or self._appended or self._unwoken)
 
     def _unanswered(self) -> list[_PendingCommit]:
         """The commits that a leader has begun to append and has not answered. With the lock held."""
@@ -394,17 +399,23 @@ class GroupCommitter:
             return
         self._threads_inside.add(me)
         try:
-            while (self._queue or self._appending or self._appended or self._unwoken) and self._try_to_lead(me):
+            while self._has_work() and self._try_to_lead(me):
                 self._run_round()
         finally:
             self._threads_inside.discard(me)
 
+    def stop(self) -> None:
+        """End the helper thread, once it has answered all. The writer accepts nothing more."""
+        self._ending = True
+        if self._helper is not None:
+            _release_lock(self._helper_lock)
+
     def _run_helper(self) -> None:
         me = threading.get_ident()
         self._threads_inside.add(me)
-        while True:
-            self._helper_lock.acquire()
-            while (self._queue or self._appending or self._appended or self._unwoken) and self._try_to_lead(me):
+        while not (self._ending and not self._has_work()):
+            self._helper_lock.acquire(timeout=_LEADER_CHECK_S if self._ending else -1)
+            while self._has_work() and self._try_to_lead(me):
                 try:
                     self._run_round()
                 except Exception:  # a defect must not end this thread: no coroutine would be answered any more

@@ -172,10 +172,14 @@ class Sealer:
         self._inbox.add_ticket(done)
         return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 
-    def stop(self, timeout: float) -> bool:
-        """Seal what is left and end the thread. False where it has not ended after `timeout` seconds."""
+    def request_stop(self) -> None:
+        """Have the thread seal what is left, and end."""
         self._stopping = True
         self._inbox.wake()
+
+    def stop(self, timeout: float) -> bool:
+        """Seal what is left and end the thread. False where it has not ended after `timeout` seconds."""
+        self.request_stop()
         if self._thread is not None:
             self._thread.join(timeout)
             return not self._thread.is_alive()
