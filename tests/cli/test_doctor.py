@@ -10,7 +10,7 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -222,6 +222,48 @@ def test_no_advice_deletes_a_regular_file_of_the_store(box: Path) -> None:
         subprocess.run(["sh", "-euc", text.partition("a file of its own: ")[2]], check=True, timeout=60)
     assert check_directory(box)["files"] == [(True, "the store can use every file that has one of its names")]
     assert (batch.read_bytes(), segment.read_bytes()) == (LINE, LINE)
+
+
+STORE_NAMES = ("active-w-1.ndjson", "active.ndjson", "sealed-0000000000000001-a b.ndjson", "dead-x.ndjson", "corrupt-x.ndjson")
+
+
+def give_away(path: Path) -> None:
+    os.chown(path, 12345, 12345)
+
+
+def link_elsewhere(path: Path) -> None:
+    (path.parent.parent / f"elsewhere-{path.name}").hardlink_to(path)
+
+
+def replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", STORE_NAMES)
+@pytest.mark.parametrize("spoil", [give_away, link_elsewhere, replace_by_fifo, replace_by_link])
+def test_advice_for_a_file_of_the_store_never_loses_it(box: Path, name: str, spoil: Callable[[Path], None]) -> None:
+    """Whatever is wrong with it; a command in the advice makes the store use the file again, with the same content."""
+    file = box / name
+    file.write_bytes(LINE)
+    box.chmod(0o777 if spoil is link_elsewhere else 0o700)  # a second link is a snapshot's where nobody else could have made it
+    spoil(file)
+    ((ok, text),) = check_directory(box)["files"]
+    assert not ok
+    assert not re.search(r"\b(remove|delete|rm|unlink|truncate)\b", text)
+    command = text.rpartition(": ")[2]
+    if spoil in (replace_by_fifo, replace_by_link):
+        assert command == "move it to another directory"  # it is no file of the store
+        return
+    subprocess.run(["sh", "-euc", command], check=True, timeout=60)
+    assert check_directory(box)["files"] == [(True, "the store can use every file that has one of its names")]
+    assert file.read_bytes() == LINE
 
 
 def test_of_many_unusable_files_the_first_are_named_and_the_others_counted(box: Path) -> None:

@@ -412,21 +412,21 @@ def _check_file_ownership(directory: Directory, queues: Sequence[Directory]) -> 
                 ignored += 1
                 if ignored <= _FILES_NAMED_MAX:
                     path = where.path_of(name)
-                    remedy = _file_remedy(path, layout.kind_of(name), problem)
+                    remedy = _file_remedy(where.path, path, layout.kind_of(name), problem)
                     findings.append(failed("files", f"{path} {problem}, so the store ignores it: {remedy}"))
     if ignored > _FILES_NAMED_MAX:
         findings.append(failed("files", f"and {ignored - _FILES_NAMED_MAX:,} more"))
     return findings or [passed("files", "the store can use every file that has one of its names")]
 
 
-def _file_remedy(path: str, kind: Kind, problem: str) -> str:
+def _file_remedy(directory: str, path: str, kind: Kind, problem: str) -> str:
     """What to do about a file that the store ignores. A regular file may hold accepted events, so it must stay."""
     if problem == os_filesystem.HAS_SECOND_LINK:
         first = "stop the application that writes it, then " if kind in (Kind.ACTIVE, Kind.LEGACY_ACTIVE) else ""
         copy = f"{path}.copy"
         return f"{first}make it a file of its own: cp -p {quote(path)} {quote(copy)} && mv {quote(copy)} {quote(path)}"
     if problem.startswith(os_filesystem.BELONGS_TO):
-        return f"change its owner with chown USER {quote(path)}"
+        return f"give it to the owner of the directory, as root: chown --reference={quote(directory)} {quote(path)}"
     return "move it to another directory"
 
 

@@ -555,7 +555,7 @@ def create_private_file(path: str, data: bytes) -> None:
 
 def ensure_private_file(path: str) -> None:
     """Create an empty file that only its owner may read, unless there is one. Follows links."""
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, _FILE_MODE))
+    os.close(_open_above_stdio(path, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC))
 
 
 @contextlib.contextmanager
