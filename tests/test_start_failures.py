@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from pillarbox import Outbox
+from pillarbox import ConfigurationError, Outbox
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Outcome
 from tests.conftest import event, wait_until
 
-SINGLE = {"sink": "sqlite:///{}/events.db"}
-SEVERAL = {"sinks": {"first": "sqlite:///{}/first.db", "second": "sqlite:///{}/second.db"}}
-OUTBOXES = {
+SINGLE: dict[str, Any] = {"sink": "sqlite:///{}/events.db"}
+SEVERAL: dict[str, Any] = {"sinks": {"first": "sqlite:///{}/first.db", "second": "sqlite:///{}/second.db"}}
+OUTBOXES: dict[str, dict[str, Any]] = {
     "no sink": {},
     "single sink": SINGLE,
     "several sinks": SEVERAL,
@@ -129,3 +129,42 @@ def test_at_the_systems_limit_of_threads_nothing_is_accepted(tmp_path: Path, lim
     command = [sys.executable, "-c", UNDER_A_LIMIT, str(limit)]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "Dropped(reason='io_error') 0 False\n"), done.stderr
+
+
+def test_a_loop_that_is_not_asyncios_is_named_with_a_remedy(tmp_path: Path) -> None:
+    """As under trio, where a coroutine runs without a loop of asyncio's."""
+    with Outbox(tmp_path / "box", durability="power") as outbox:
+        coroutine = outbox.enqueue_async(event(1))
+        with pytest.raises(RuntimeError, match=r"asyncio's loop only; .* trio\.to_thread\.run_sync"):
+            coroutine.send(None)
+        assert outbox.enqueue(event(2))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_without_a_python_to_start_delivery_in_a_process_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, frozen: bool
+) -> None:
+    """A frozen application would start itself again and again, as would a server that embeds Python."""
+    if frozen:
+        monkeypatch.setattr(sys, "frozen", True, raising=False)
+    else:
+        monkeypatch.setattr(sys, "executable", "/usr/sbin/uwsgi")
+        monkeypatch.setattr(sys, "exec_prefix", str(tmp_path))
+    with pytest.raises(ConfigurationError, match="there is no Python to start"):
+        outbox_in(tmp_path, OUTBOXES["child process"])
+
+
+def test_a_server_that_embeds_python_starts_the_python_of_its_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It need not be called as the server is."""
+    interpreter = sys.executable
+    monkeypatch.setattr(sys, "executable", "/usr/sbin/uwsgi")
+    (tmp_path / "bin").mkdir()
+    beside = tmp_path / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    beside.write_text(f'#!/bin/sh\nexec "{interpreter}" "$@"\n')
+    beside.chmod(0o755)
+    monkeypatch.setattr(sys, "exec_prefix", str(tmp_path))
+    with outbox_in(tmp_path, OUTBOXES["child process"]) as outbox:
+        assert outbox.enqueue(event(1))
+        assert outbox.flush(60)

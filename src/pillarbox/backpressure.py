@@ -75,6 +75,13 @@ class BlockWhenFull:
         return outcome
 
 
+def check_event_loop() -> None:
+    """Raise `RuntimeError` with a remedy if the caller does not run on a loop of asyncio's, as under trio."""
+    if not _is_on_event_loop():
+        text = "enqueue_async waits on asyncio's loop only; on another one, call enqueue in a thread: trio.to_thread.run_sync"
+        raise RuntimeError(text)
+
+
 def with_when_full(append: EnqueueFunction, when_full: RaiseWhenFull | BlockWhenFull) -> EnqueueFunction:
     """`append`, and what `when_full` does if it drops the event."""
 

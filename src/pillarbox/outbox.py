@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pillarbox import lifecycle
 from pillarbox._native import CommitFuture
-from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, with_when_full
+from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import Codec, EventEncoder
 from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
@@ -324,12 +324,16 @@ class Outbox(metaclass=OutboxMeta):
 
         Durability "process" writes inline, because that is faster than a thread. With "power" the event loop runs on while
         many coroutines share one fsync. Cancelling does not withdraw the event. Arguments, outcomes and errors are those of
-        `enqueue`.
+        `enqueue`, and `RuntimeError` where it would have to wait on a loop that is not asyncio's.
         """
-        if self._has_no_layers:
-            answer = self._start_default_append(event) if durability is None else self._start_append(event, durability)
-            return await answer if type(answer) is CommitFuture else answer  # type: ignore[return-value]  # mypy: `type() is`
-        return await self._enqueue_async_with_layers(event, durability)
+        try:
+            if self._has_no_layers:
+                answer = self._start_default_append(event) if durability is None else self._start_append(event, durability)
+                return await answer if type(answer) is CommitFuture else answer  # type: ignore[return-value]  # mypy: `type() is`
+            return await self._enqueue_async_with_layers(event, durability)
+        except RuntimeError:
+            check_event_loop()
+            raise
 
     async def _enqueue_async_with_layers(self, event: msgspec.Struct, durability: Durability | None) -> Outcome:
         """The layers of `_compose_enqueue`, awaited."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pillarbox.delivery.context import NamedSink
 from pillarbox.delivery.fanout import FanOut, FanOutRunner
 from pillarbox.delivery.process.protocol import check_importable
-from pillarbox.delivery.process.supervisor import Supervisor
+from pillarbox.delivery.process.supervisor import Supervisor, find_interpreter
 from pillarbox.delivery.runner import ONLY_SINK, ExternalRunner, ThreadRunner
 from pillarbox.delivery.settlement import retention_for
 from pillarbox.delivery.worker import Worker
@@ -53,8 +53,8 @@ def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]
         advice = "a Sink object cannot be used in another process; pass the sink as a URL, or use 'thread'"
         raise ConfigurationError("deliver", settings.deliver, "the call", advice)
     if settings.deliver == "process":
-        if not sys.executable:
-            advice = "sys.executable names no Python to start; use 'thread' or 'external'"
+        if not find_interpreter():
+            advice = f"there is no Python to start (sys.executable is {sys.executable!r}); use 'thread' or 'external'"
             raise ConfigurationError("deliver", settings.deliver, "the call", advice)
         check_importable(settings)
 

@@ -231,6 +231,20 @@ class Supervisor:
             log.log(logging.INFO if name == "standby" else logging.WARNING, "%s: %s", self._directory.path, state)
 
 
+def find_interpreter() -> str:
+    """The Python that a child process runs on; empty if there is none.
+
+    A frozen application is started again by its `sys.executable`, and a server that embeds Python is no Python either: if the
+    server's installation has one, that is used.
+    """
+    if getattr(sys, "frozen", False):
+        return ""
+    if sys.executable.rpartition("/")[2].startswith(("python", "pypy")):
+        return sys.executable
+    beside = f"{sys.exec_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    return beside if exists(beside) else ""
+
+
 class _ChildProcess:
     """A child process and the socket to it."""
 
@@ -242,7 +256,7 @@ class _ChildProcess:
             self._socket, theirs = socket.socketpair()
             _open_sockets.add(self._socket)
             try:
-                command = [sys.executable, "-P", "-c", _CHILD_CODE, str(theirs.fileno()), _PACKAGE_PARENT]
+                command = [find_interpreter(), "-P", "-c", _CHILD_CODE, str(theirs.fileno()), _PACKAGE_PARENT]
                 self._process = subprocess.Popen(  # noqa: S603 - our own code, and no shell
                     command,
                     stdin=subprocess.DEVNULL,
