@@ -42,6 +42,16 @@ def test_several_frames_are_read_as_one_file() -> None:
     assert compression.decompress(PACKED, packed) == (b"one\ntwo\n", "")
 
 
+def test_many_frames_are_not_read_to_the_end() -> None:
+    """Each costs a copy of what follows it. The lines before the limit are read, and nothing is lost."""
+    frame = compression.compress("n.ndjson.zst", record.line(b"1"))
+    contents, _ = reader.read_file("n.ndjson.zst", frame * (compression.FRAMES_MAX + 1), lambda: None)
+    assert len(contents.payloads) == compression.FRAMES_MAX
+    assert contents.damaged[-1].reason == "bad_compression: has more than 100 frames"
+    whole, _ = reader.read_file("n.ndjson.zst", frame * compression.FRAMES_MAX, lambda: None)
+    assert (len(whole.payloads), whole.damaged) == (compression.FRAMES_MAX, [])
+
+
 def test_a_truncated_file_gives_the_lines_before_the_cut_and_quarantines_all_its_bytes() -> None:
     """For every length: no exception, only whole lines, and the compressed bytes as the last damaged range."""
     events = lines(40)

@@ -77,6 +77,17 @@ def test_the_reader_yields_the_gil_every_fifty_lines() -> None:
     assert len(calls) == 500 // reader.YIELD_EVERY_LINES + 1
 
 
+def test_many_adjacent_damaged_lines_are_one_range() -> None:
+    """A file of a few kilobytes may unpack to millions of them; each damaged byte is still in a range."""
+    good = record.line(b"1")
+    data = b"x\n" * 5000 + b"\n \n" + b"{\n" * 3 + good + b"z\n" + good + b"\n\n" + good + b"torn"
+    contents = reader.read_lines(data, lambda: None)
+    assert contents.payloads == [b"1"] * 3
+    assert len(contents.damaged) == reader.SINGLE_RANGES_MAX + 2
+    covered = b"".join(data[damaged.offset : damaged.offset + damaged.length] for damaged in contents.damaged)
+    assert covered == data.replace(good + b"\n\n", b"").replace(good, b"")
+
+
 def test_an_empty_file_has_no_records_and_no_damage() -> None:
     """It has no blank line either."""
     assert read(b"") == reader.FileContents([], [])

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 STANDBY_REASON: Final = "another process delivers this directory"  # the reason of state `standby`
 HEARTBEAT_INTERVAL_S: Final = 1.0
 HEARTBEAT_STALE_AFTER_S: Final = 10.0  # the process that wrote an older one is gone, or hangs
+_HEARTBEAT_BYTES_MAX: Final = 64 * 1024  # no more of the file is read; somebody may have made it large
 _READ_ATTEMPTS: Final = 3  # one that cannot be decoded may be being written
 
 
@@ -119,7 +120,7 @@ def read_heartbeat(directory: Directory) -> Heartbeat | None:
     """The last heartbeat of the process that delivers, or did. Takes no lock."""
     for _ in range(_READ_ATTEMPTS):
         # It is overwritten in place: behind its end there may be the rest of a longer one for a moment.
-        line = directory.read_small_file(layout.DELIVER_LOCK).partition(b"\n")[0]
+        line = directory.read_small_file(layout.DELIVER_LOCK, _HEARTBEAT_BYTES_MAX).partition(b"\n")[0]
         if not line:
             break
         with contextlib.suppress(msgspec.DecodeError):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # The largest content that is compressed. A batch and one call of `enqueue_many` have 17 MiB with the default settings; a larger
 # file stays as it is. So no file of ours decompresses to more, and a forged one cannot use more memory.
 PLAIN_BYTES_MAX: Final = 64 * 2**20
+FRAMES_MAX: Final = 100  # a file of ours has one; each costs a copy of what follows it
 LEVEL: Final = 1  # compresses events to a tenth at 1 GB/s; levels 3 and 6 are slower and no smaller, 19 takes 300 times as long
 INSTALL_COMMAND: Final = "pip install 'pillarbox[zstd]'"
 _WINDOW_LOG_MAX: Final = PLAIN_BYTES_MAX.bit_length() - 1
@@ -72,13 +73,16 @@ def decompress(name: str, data: bytes) -> Decompressed:
     zstd = _require_zstd(name)
     if not data:
         return Decompressed(b"", "empty")
-    plain = b""
-    while data:
-        part, data, problem = _decompress_frame(zstd, data, PLAIN_BYTES_MAX - len(plain))
-        plain += part
-        if problem:
-            return Decompressed(plain, problem)
-    return Decompressed(plain)
+    parts: list[bytes] = []
+    size, problem = 0, ""
+    while data and not problem:
+        if len(parts) == FRAMES_MAX:
+            problem = f"has more than {FRAMES_MAX} frames"
+            break
+        part, data, problem = _decompress_frame(zstd, data, PLAIN_BYTES_MAX - size)
+        parts.append(part)
+        size += len(part)
+    return Decompressed(b"".join(parts), problem)
 
 
 def _require_zstd(name: str) -> ModuleType:

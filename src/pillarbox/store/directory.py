@@ -517,14 +517,14 @@ class Directory:
                 finally:
                     self.filesystem.close(plain.fd)
 
-    def read_small_file(self, name: str) -> bytes:
-        """The content of a small file, empty where it does not exist. Takes no lock."""
+    def read_small_file(self, name: str, bytes_max: int | None = None) -> bytes:
+        """The content of a small file, or its first `bytes_max` bytes; empty where it does not exist. Takes no lock."""
         try:
             fd = self.filesystem.open_existing(self.path_of(name))
         except (FileNotFoundError, FileUnusableError):
             return b""
         try:
-            return self.filesystem.read_all(fd)
+            return self.filesystem.read_all(fd) if bytes_max is None else self.filesystem.read_at(fd, 0, bytes_max)
         finally:
             self.filesystem.close(fd)
 

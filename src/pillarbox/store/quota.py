@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory, LockedFile
-    from pillarbox.store.filesystem import DiskSpace
+    from pillarbox.store.filesystem import DiskSpace, Filesystem
     from pillarbox.store.writer import Writer
 
 log = logging.getLogger("pillarbox")
@@ -38,6 +38,7 @@ AHEAD_SHARE: Final = 4  # of that: so much more is kept free while there are ret
 SLACK_SHARE: Final = 8
 # Of the limit: with eviction, a segment may not be larger, because whole files are evicted.
 FILE_SHARE: Final = 16
+_COUNT_BYTES: Final = 1 << 20  # of a file whose events are counted, in memory at a time
 _EVICT_AT_ONCE_MAX: Final = 32  # each holds a descriptor, and one sync of the ledger serves them all
 
 
@@ -231,15 +232,14 @@ class QuotaEnforcer:
 
     @staticmethod
     def _lock_name(name: str, directory: Directory, candidate: _EvictionCandidate) -> None:
-        kept_open = None
+        kept_open, events = None, None
         try:
             locked = directory.lock_existing(name, exclusive=True)
             if locked is None:
                 return
             try:
-                data = directory.filesystem.read_all(locked.fd)
-                plain, problem = compression.decompress(name, data)
-                if not problem:  # otherwise its events cannot be counted; delivery quarantines what is damaged
+                size, events = directory.filesystem.size(locked.fd), _events_in(directory.filesystem, locked)
+                if events is not None:  # otherwise delivery quarantines what is damaged
                     kept_open = locked
             finally:
                 if kept_open is None:
@@ -250,11 +250,11 @@ class QuotaEnforcer:
             if not concerns_one_file(error):
                 raise
             return
-        if kept_open is not None:
+        if kept_open is not None and events is not None:
             candidate.locked_files.append(kept_open)
             candidate.directories.append(directory)
-            candidate.size += len(data)
-            candidate.events = _events_in(plain)
+            candidate.size += size
+            candidate.events = events
 
     def _close_candidate(self, candidate: _EvictionCandidate) -> None:
         for locked in candidate.locked_files:
@@ -304,5 +304,14 @@ class QuotaEnforcer:
             log.info("%s: no longer full; events evicted so far: %d", self._directory.path, self.evicted_events)
 
 
-def _events_in(lines: bytes) -> int:
-    return lines.count(b"\n") + (bool(lines) and not lines.endswith(b"\n"))
+def _events_in(filesystem: Filesystem, file: LockedFile) -> int | None:
+    """The number of events in a batch file, read in parts; None where it is compressed and damaged."""
+    if file.name.endswith(layout.COMPRESSED_SUFFIX):
+        plain, problem = compression.decompress(file.name, filesystem.read_all(file.fd))
+        return None if problem else plain.count(b"\n") + (plain[-1:] not in b"\n")
+    events, last, offset = 0, b"", 0
+    while part := filesystem.read_at(file.fd, offset, _COUNT_BYTES):
+        events += part.count(b"\n")
+        last = part[-1:]
+        offset += len(part)
+    return events + (last not in b"\n")

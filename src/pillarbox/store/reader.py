@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 YIELD_EVERY_LINES: Final = 50  # without a yield; more would keep callers of `enqueue` waiting for longer than a write takes
 
+# Of a file; beyond it, adjacent damaged lines are one range. A file of 64 MiB may have 32 million lines, each of which would be
+# an object of a hundred bytes.
+SINGLE_RANGES_MAX: Final = 1000
+
 
 class DamagedRange(msgspec.Struct, frozen=True):
     """Damaged bytes: where they are in the file, and what is wrong with them."""
@@ -78,6 +82,8 @@ def read_lines(data: bytes, yield_gil: Callable[[], None]) -> FileContents:
         if len(good) < ahead:
             offset = _read_line(data, offset, payloads, spans)
             number += 1
+            if len(spans) >= SINGLE_RANGES_MAX:
+                offset = _skip_lines_without_brace(data, offset, spans)
     return FileContents(payloads, spans)
 
 
@@ -95,5 +101,27 @@ def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[Dama
                 payloads.append(after_nul[1])
                 length = after_nul[0]
             torn = offset + len(line) == len(data)
-            spans.append(DamagedRange(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
+            _add_range(data, spans, DamagedRange(offset, length, f"torn: {damage.reason}" if torn else damage.reason))
     return offset + len(line) + 1
+
+
+def _skip_lines_without_brace(data: bytes, offset: int, spans: list[DamagedRange]) -> int:
+    """Add lines to the damaged ones that cannot be records. Returns the offset of the next line that may be one."""
+    brace = data.find(b"{", offset)
+    end = len(data) if brace < 0 else data.rfind(b"\n", offset, brace) + 1
+    if end <= offset:
+        return offset
+    if not data[offset:end].isspace():
+        _add_range(data, spans, DamagedRange(offset, end - offset, spans[-1].reason))
+    return end
+
+
+def _add_range(data: bytes, spans: list[DamagedRange], damaged: DamagedRange) -> None:
+    """Add a damaged range. Where there are many, it becomes part of the last one if nothing but white space is between them."""
+    if len(spans) >= SINGLE_RANGES_MAX:
+        last = spans[-1]
+        end = last.offset + last.length
+        if end == damaged.offset or data[end : damaged.offset].isspace():
+            spans[-1] = DamagedRange(last.offset, damaged.offset + damaged.length - last.offset, last.reason)
+            return
+    spans.append(damaged)
