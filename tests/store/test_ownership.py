@@ -27,7 +27,7 @@ from tests.conftest import event
 from tests.store.test_full_disks import run_in_child
 from tests.store.test_writer import SealingWriter
 
-OTHER_USER = 65534
+OTHER_USER = 54321  # no process of the machine is this user's
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can create files for other users")
 each_filesystem = pytest.mark.parametrize("filesystem", [OsFilesystem(), *([CompiledOsFilesystem()] if COMPILED else [])])
 
