@@ -14,6 +14,11 @@ from pillarbox.cli.main import app
 from pillarbox.sinks import schemes
 from tests.cli.test_commands import CLEAN, event_line, run
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 SCRIPT = [str(Path(sys.executable).parent / "pillarbox")]
 PLANTED = "open({marker!r}, 'a').write(__name__ + '\\n')\n"
 # What a command needs beside `-d box`, so that it gets as far as its work.
@@ -66,6 +71,9 @@ def folder(tmp_path: Path) -> Path:
     """A working directory with an outbox in it and a file of events."""
     (tmp_path / "events.ndjson").write_bytes(event_line(1))
     assert run("enqueue", "-d", "box", cwd=tmp_path, stdin=event_line(1)).returncode == 0
+    # To read a compressed batch a command imports a package, which it does late.
+    compressed = zstd.compress(b'{"event":' + event_line(2).rstrip() + b"}\n")
+    (tmp_path / "box" / "sealed-0000000000000001-x.ndjson.zst").write_bytes(compressed)
     return tmp_path
 
 
