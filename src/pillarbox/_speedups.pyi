@@ -21,6 +21,7 @@ __all__ = [
     "SegmentCounters",
     "WriterState",
     "append_locked",
+    "check_fork",
     "close_each",
     "create_each",
     "decode_record",
@@ -28,15 +29,18 @@ __all__ = [
     "encode_record",
     "encode_records",
     "gather_group",
+    "mark_fork_handled",
     "new_event_id",
     "now_micros",
     "open_existing",
     "open_locked",
     "rename_each",
     "reseed",
+    "reset_interpreter",
     "resolve_futures",
     "scan_first",
     "scan_sums",
+    "set_fork_handler",
     "sync_directory",
     "sync_each",
 ]
@@ -95,3 +99,8 @@ class EventCheck:
     def bind(
         self, event_type: type, texts: tuple[str, ...], texts_or_none: tuple[str, ...], json: str, micros: str, /
     ) -> None: ...
+
+def check_fork() -> None: ...
+def set_fork_handler(handler: Callable[[], object], /) -> None: ...
+def mark_fork_handled() -> None: ...
+def reset_interpreter() -> None: ...

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import re
 from enum import StrEnum
-from os import register_at_fork, urandom
+from os import urandom
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -18,6 +18,7 @@ import msgspec
 from pillarbox._native import COMPILED, speedups
 from pillarbox.clock import wall_ns
 from pillarbox.errors import InvalidEventError
+from pillarbox.forks import after_fork_in_child, check_fork
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,7 @@ def _uuid7_generator() -> tuple[Callable[[], str], Callable[[str, int], None]]:
 
     def make() -> str:
         nonlocal cached
+        check_fork()
         now = wall_ns()
         since, until, head = cached
         if not since <= now < until:
@@ -137,7 +139,7 @@ else:
     new_event_id, _reseed = _uuid7_generator()
     now_micros = _now_micros
 _reseed(*_random_seed())
-register_at_fork(after_in_child=lambda reseed=_reseed: reseed(*_random_seed()))
+after_fork_in_child(lambda: _reseed(*_random_seed()))
 
 
 class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):

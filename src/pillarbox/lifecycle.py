@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import atexit
 from abc import ABCMeta
-from os import register_at_fork
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from pillarbox.clock import SystemClock
+from pillarbox.forks import after_fork_in_child
 
 EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries of all outboxes together when the program exits
 
@@ -79,5 +79,5 @@ def _at_exit() -> None:
         outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
 
 
-register_at_fork(after_in_child=_after_fork)
+after_fork_in_child(_after_fork, last=True)
 atexit.register(_at_exit)

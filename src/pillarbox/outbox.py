@@ -22,6 +22,7 @@ from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError, DirectoryUnusableError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
 from pillarbox.flush import wait_until_delivered
+from pillarbox.forks import check_fork, was_forked_in_c
 from pillarbox.hooks import Hooks, with_drop_reports
 from pillarbox.lifecycle import OutboxMeta
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
@@ -31,6 +32,7 @@ from pillarbox.stats import COUNTER_FIELDS, Stats
 from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.open_files import close_unknown_files
 from pillarbox.store.os_filesystem import absolute_path, local_filesystem, working_directory
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
@@ -289,6 +291,7 @@ class Outbox(metaclass=OutboxMeta):
     def _append_encoded(
         self, encode: Callable[[], tuple[bytes, list[Dropped | None]]], durability: Durability | None
     ) -> list[Outcome]:
+        check_fork()
         power = self._is_power_default if durability is None else self._resolve_power(durability)
         try:
             lines, drops = encode()
@@ -408,6 +411,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def _start(self) -> bool:
         """Count the pending batches and start the threads; returns False where that is impossible, and nothing runs then."""
+        check_fork()
         with self._start_lock:
             if self._started or not self.settings.enabled or self._closed or self._is_starting:
                 return self._started
@@ -496,6 +500,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
+        check_fork()
         # First the sinks: the files whose events are counted as delivered do not wait then.
         sinks = self._runner.sinks() if self._runner is not None else {}
         total = combine_stats(sinks)
@@ -539,6 +544,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def _begin_close(self) -> bool:
         """Accept nothing more, and begin to seal. False if there is nothing to close."""
+        check_fork()
         with self._start_lock:
             if self._closed:
                 return False
@@ -580,6 +586,8 @@ class Outbox(metaclass=OutboxMeta):
         self._writer.abandon_after_fork()
         self._directory.reset_after_fork()
         self._filesystem.close_inherited()
+        if was_forked_in_c():
+            close_unknown_files(self.name)
         if not self._closed:
             self._create_process_state()
 

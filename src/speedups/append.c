@@ -434,6 +434,9 @@ static PyObject *
 enqueue_call(PyObject *callable, PyObject *const *args, size_t flagged, PyObject *names)
 {
     Enqueue *self = (Enqueue *)callable;
+    if (check_fork((SpeedupsState *)self->state) < 0) { /* `append` is the first member of that */
+        return NULL;
+    }
     Py_ssize_t count = PyVectorcall_NARGS(flagged);
     if (count != 1 || self->power || (names != NULL && PyTuple_GET_SIZE(names) > 0)) {
         return PyObject_Vectorcall(self->plain, args, flagged, names);

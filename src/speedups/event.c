@@ -26,6 +26,9 @@ put_digits(char *to, uint64_t value, int count)
 static PyObject *
 new_event_id(PyObject *module, PyObject *Py_UNUSED(no_args))
 {
+    if (check_fork(state_of_module(module)) < 0) { /* or the ids would be those of the parent */
+        return NULL;
+    }
     EventState *state = &state_of_module(module)->event;
     if (state->middle[0] == '\0') {
         PyErr_SetString(PyExc_RuntimeError, "reseed() must be called first");

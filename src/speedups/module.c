@@ -12,7 +12,7 @@ static int
 speedups_exec(PyObject *module)
 {
     static int (*const parts[])(PyObject *)
-        = {append_exec, decode_exec, dirscan_exec, batch_io_exec, future_exec, event_exec};
+        = {append_exec, decode_exec, dirscan_exec, batch_io_exec, future_exec, event_exec, fork_exec};
     for (size_t part = 0; part < sizeof parts / sizeof *parts; part++) {
         if (parts[part](module) < 0) {
             return -1;
@@ -25,6 +25,7 @@ static int
 speedups_traverse(PyObject *module, visitproc visit, void *arg)
 {
     SpeedupsState *state = state_of_module(module);
+    Py_VISIT(state->fork_handler);
     int result = append_traverse(&state->append, visit, arg);
     return result ? result : future_traverse(&state->future, visit, arg);
 }
@@ -33,6 +34,7 @@ static int
 speedups_clear(PyObject *module)
 {
     SpeedupsState *state = state_of_module(module);
+    Py_CLEAR(state->fork_handler);
     append_clear(&state->append);
     future_clear(&state->future);
     return 0;

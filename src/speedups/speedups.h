@@ -39,6 +39,8 @@ typedef struct {
     AppendState append;
     FutureState future;
     EventState event;
+    PyObject *fork_handler; /* called once in a forked child; NULL before it is set */
+    unsigned forks_handled;
 } SpeedupsState;
 
 static inline SpeedupsState *
@@ -54,6 +56,19 @@ int dirscan_exec(PyObject *module);
 int batch_io_exec(PyObject *module);
 int future_exec(PyObject *module);
 int event_exec(PyObject *module);
+int fork_exec(PyObject *module);
+
+extern unsigned pillarbox_forks;
+
+/* Handle a fork of this process. Returns 0, or -1 with an exception set. */
+int handle_fork(SpeedupsState *state);
+
+/* The same, where one has happened since the last call. */
+static inline int
+check_fork(SpeedupsState *state)
+{
+    return state->forks_handled == pillarbox_forks ? 0 : handle_fork(state);
+}
 
 /* For the garbage collector. The other parts hold no objects. */
 int append_traverse(AppendState *state, visitproc visit, void *arg);

@@ -68,6 +68,14 @@ simulated_close(int fd)
     RETURN_NUMBER("close", "(i)", fd);
 }
 
+/* The sources move descriptors of standard input, output and error; those of the simulated disk are higher. */
+int
+simulated_fcntl(int Py_UNUSED(fd))
+{
+    errno = EBADF;
+    return -1;
+}
+
 int
 simulated_flock(int fd, int operation)
 {

@@ -18,6 +18,7 @@ installed extension contains nothing of this. */
 
 int simulated_open(const char *path, int flags, ...);
 int simulated_close(int fd);
+int simulated_fcntl(int fd);
 int simulated_flock(int fd, int operation);
 int simulated_fstat(int fd, struct stat *info);
 int simulated_lstat(const char *path, struct stat *info);
@@ -38,6 +39,7 @@ int simulated_dirfd(DIR *directory);
 #ifndef PILLARBOX_SIMULATED_CALLS_C
 #define open(...) simulated_open(__VA_ARGS__)
 #define close(fd) simulated_close(fd)
+#define fcntl(fd, ...) simulated_fcntl(fd)
 #define flock(fd, operation) simulated_flock(fd, operation)
 #define fstat(fd, info) simulated_fstat(fd, info)
 #define lstat(path, info) simulated_lstat(path, info)

@@ -22,6 +22,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from pillarbox._native import CommitFuture, encode_record, gather_group, resolve_futures
+from pillarbox.forks import check_fork
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class GroupCommitter:
 
         def queue_event(event: Any) -> CommitFuture | Outcome:
             """Queue one event for a coroutine."""
+            check_fork()
             try:
                 payload = encode(event)
                 if type(event) is not event_type or len(payload) > bytes_max:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 
 from pillarbox._native import COMPILED, speedups
 from pillarbox.errors import FileUnusableError
+from pillarbox.forks import after_fork_in_child
 from pillarbox.store import ownership
 from pillarbox.store.dirscan import (
     ALL_NAMES,
@@ -473,7 +474,8 @@ def _after_fork_in_child() -> None:
     _fork_lock = threading.RLock()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+after_fork_in_child(_after_fork_in_child)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from zlib import crc32
 
 from pillarbox._native import RECORD_TEMPLATE, WriterState, compile_enqueue
+from pillarbox.forks import check_fork
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
 from pillarbox.store.segment import (
@@ -97,11 +98,8 @@ class Writer(WriterState):
         encode, event_type, bytes_max, is_power, raise_invalid, drop_invalid, append_unstarted, commit, power = hooks
 
         def enqueue(event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
-            """Store one event; `Enqueued` once it is as durable as requested, `Dropped(reason)` where it is not stored.
-
-            Never raises for errors of the destination, the disk or the event (except `InvalidEventError` with
-            `on_invalid="raise"`).
-            """
+            """Store one event, as `Outbox.enqueue` describes it."""
+            check_fork()
             synced = power if durability is None else is_power(durability)
             try:
                 payload = encode(event)

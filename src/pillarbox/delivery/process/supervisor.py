@@ -31,6 +31,7 @@ from pillarbox.delivery.process.protocol import (
     read_lines,
 )
 from pillarbox.errors import FileUnusableError
+from pillarbox.forks import after_fork_in_child
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 from pillarbox.store.os_filesystem import exists
 
@@ -361,4 +362,5 @@ def _after_fork_in_child() -> None:
         _open_sockets.pop().close()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
+after_fork_in_child(_after_fork_in_child)

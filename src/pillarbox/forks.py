@@ -1,0 +1,84 @@
+"""What a forked child must do before it goes on: take new locks, new random numbers, and let go of the parent's files.
+
+A fork that Python makes calls hooks. A fork that C code makes, as uWSGI does, calls none: it is noticed at the next use.
+`check_fork` is quick, and is called wherever an application comes in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from os import getpid, register_at_fork, stat
+from typing import TYPE_CHECKING, Final
+
+from pillarbox._native import COMPILED, speedups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LINKS_WITHOUT_SUBDIRECTORY: Final = 2
+_first: list[Callable[[], object]] = []
+_last: list[Callable[[], object]] = []
+_pid = getpid()
+_hook_ran = False
+
+
+def after_fork_in_child(callback: Callable[[], object], *, last: bool = False) -> None:
+    """Call `callback` in each forked child from now on; `last` is for what uses the locks that the others renew."""
+    (_last if last else _first).append(callback)
+
+
+def was_forked_in_c() -> bool:
+    """For the callbacks: whether no hook ran before the fork, and other threads may have been in the middle of something."""
+    return not _hook_ran
+
+
+def _before_fork() -> None:
+    global _hook_ran  # noqa: PLW0603 - of this process
+    _hook_ran = True
+
+
+def _after_fork_in_parent() -> None:
+    global _hook_ran  # noqa: PLW0603 - of this process
+    _hook_ran = False
+
+
+def _handle_fork() -> None:
+    global _pid, _hook_ran  # noqa: PLW0603 - of this process
+    _pid = getpid()
+    if COMPILED:
+        speedups.mark_fork_handled()
+    for callback in (*_first, *_last):
+        callback()
+    _hook_ran = False
+
+
+def _handle_c_fork() -> None:
+    """Handle a fork that called no hook.
+
+    Python's own lock may be in the hands of a thread that does not exist here. So the interpreter is reset as after a fork of
+    its own, which calls the hooks. That must not be done where other threads run already, and they show that it is not needed.
+    """
+    if _is_only_thread():
+        speedups.reset_interpreter() if COMPILED else ctypes.pythonapi.PyOS_AfterFork_Child()
+    if _pid != getpid():
+        _handle_fork()
+
+
+def _is_only_thread() -> bool:
+    try:
+        return stat("/proc/self/task").st_nlink == _LINKS_WITHOUT_SUBDIRECTORY + 1  # noqa: PTH116 - no path is at hand
+    except OSError:  # another system than Linux
+        return False
+
+
+def _compare_pids() -> None:
+    if getpid() != _pid:
+        _handle_c_fork()
+
+
+register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_handle_fork)
+if COMPILED:
+    speedups.set_fork_handler(_handle_c_fork)
+    check_fork: Callable[[], None] = speedups.check_fork
+else:
+    check_fork = _compare_pids

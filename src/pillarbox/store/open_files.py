@@ -1,0 +1,26 @@
+"""The files that this process has open, as the system lists them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sys
+
+
+def close_unknown_files(directory: str) -> None:
+    """In a child that was forked by C code: close what a thread of the parent had opened there and not yet noted.
+
+    No hook made such a thread wait. A descriptor that stays open here would keep the parent's lock on a file.
+    """
+    within = os.path.realpath(directory) + "/"
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 - the names are numbers, not paths
+        with contextlib.suppress(OSError):  # the descriptor that lists them is closed already
+            if _path_of_open_file(int(name)).startswith(within):
+                os.close(int(name))
+
+
+def _path_of_open_file(fd: int) -> str:
+    if sys.platform == "darwin":
+        return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
+    return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - may name no path that exists
