@@ -174,7 +174,7 @@ class FaultySink(RecordingSink):
         self._act("close")
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("quick_restart")
 @pytest.mark.parametrize(
     "error", [OSError("cut"), MemoryError(), RecursionError(), asyncio.CancelledError(), SystemExit(3)], ids=repr
 )
@@ -333,7 +333,7 @@ def test_a_rejection_with_any_text_becomes_a_dead_letter(outbox_dir: Directory, 
     assert (letter["event"], letter["code"], letter["reason"]) == ("bad", "caf\\udce9", "caf\\udce9")
 
 
-@pytest.mark.usefixtures("soon")
+@pytest.mark.usefixtures("quick_restart")
 @pytest.mark.parametrize("where", ["open", "deliver", "confirm"])
 @pytest.mark.parametrize(
     "error", [OSError(LONE), SinkUnusableError(LONE), UnconfirmedError(LONE)], ids=["error", "unusable", "unconfirmed"]
