@@ -21,7 +21,11 @@ def test_the_version_is_that_of_the_package() -> None:
 def test_all_names_exist_and_include_the_errors() -> None:
     """All errors can be imported from the top of the package."""
     assert all(hasattr(pillarbox, name) for name in pillarbox.__all__)
-    errors = {name for name, value in vars(pillarbox.errors).items() if isinstance(value, type)}
+    errors = {
+        name
+        for name, value in vars(pillarbox.errors).items()
+        if isinstance(value, type) and issubclass(value, pillarbox.PillarboxError)
+    }
     assert errors <= set(pillarbox.__all__)
 
 

@@ -125,10 +125,9 @@ def test_a_backlog_in_pages_is_delivered_in_order(outbox_dir: Directory, in_flig
 def test_files_that_cannot_be_sent_do_not_delay_later_pages(outbox_dir: Directory) -> None:
     """A whole page of files that are unreadable or locked by another process."""
     batches = seal_files(outbox_dir, 7)
+    Path(outbox_dir.path).chmod(0o777)  # others may have planted a file with a second link
     for batch in batches[:2]:
-        os.link(
-            outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second"
-        )  # not a file of the outbox: it has a second link
+        os.link(outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second")
     sink = RecordingSink()
     worker = make_worker(outbox_dir, sink, config=PARTS)
     drain_worker(worker)
@@ -179,6 +178,7 @@ def test_after_a_page_that_cannot_be_listed_a_new_scan_begins(outbox_dir: Direct
 def test_a_worker_is_not_idle_while_the_next_page_cannot_be_listed(outbox_dir: Directory) -> None:
     """Even if no batch of the first page could be sent."""
     batches = seal_files(outbox_dir, 3)
+    Path(outbox_dir.path).chmod(0o777)
     for batch in batches[:2]:
         os.link(outbox_dir.path_of(batch + layout.SUFFIX), f"{outbox_dir.path}/{batch}.second")
     filesystem = _FailingListing()
