@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -115,6 +116,15 @@ def event(number: int = 0, **changes: object) -> TrackingEvent:
     }
     fields |= changes
     return TrackingEvent(**fields)  # type: ignore[arg-type]
+
+
+def open_files_below(folder: Path) -> list[str]:
+    """The open files of this process in a folder. Those of other tests in the same process do not count."""
+    paths = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the descriptor that lists them is closed already
+            paths.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [path for path in paths if path.startswith(f"{folder}/")]
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:

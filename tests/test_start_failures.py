@@ -16,7 +16,7 @@ import pytest
 
 from pillarbox import ConfigurationError, Outbox
 from pillarbox.outcome import DROPPED, ENQUEUED_POWER, Outcome
-from tests.conftest import event, wait_until
+from tests.conftest import event, open_files_below, wait_until
 
 SINGLE: dict[str, Any] = {"sink": "sqlite:///{}/events.db"}
 SEVERAL: dict[str, Any] = {"sinks": {"first": "sqlite:///{}/first.db", "second": "sqlite:///{}/second.db"}}
@@ -61,7 +61,7 @@ def test_without_a_thread_nothing_is_accepted_and_the_next_event_starts_the_outb
     if not settings and number == 2:
         pytest.skip("without a sink there is one thread")
     outbox = outbox_in(tmp_path, settings)
-    threads, files = set(threading.enumerate()), os.listdir("/proc/self/fd")
+    threads = set(threading.enumerate())
     refuse_thread(monkeypatch, lambda started, _: started == number)
     assert outbox.enqueue(event(1)) == DROPPED["io_error"]
     stats = outbox.stats()
@@ -69,13 +69,13 @@ def test_without_a_thread_nothing_is_accepted_and_the_next_event_starts_the_outb
     assert caplog.text.count(NO_THREAD) == 1
     for thread in set(threading.enumerate()) - threads:
         thread.join(60)
-    assert len(os.listdir("/proc/self/fd")) == len(files)
+    assert not open_files_below(tmp_path)
     monkeypatch.undo()
     assert outbox.enqueue(event(2))
     assert not settings or outbox.flush(60)
     stats = outbox.stats()
     assert (stats.state.name != "degraded", stats.accepted, stats.dropped["io_error"]) == (True, 1, 1)
-    assert [thread.name for thread in threading.enumerate()].count("pillarbox-sealer") == 1
+    assert [thread.name for thread in set(threading.enumerate()) - threads].count("pillarbox-sealer") == 1
     outbox.close()
 
 
