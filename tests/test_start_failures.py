@@ -109,8 +109,8 @@ UNDER_A_LIMIT = """
 import os, resource, sys, sqlite3
 import pillarbox, pillarbox.sinks.sqlite, encodings.idna
 from tests.conftest import event
-os.setgid(65534)
-os.setuid(65534)
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[2]))
 limit, outbox = int(sys.argv[1]), pillarbox.Outbox("box", sink="sqlite:///events.db")
 resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 print(outbox.enqueue(event(1)), outbox.stats().accepted, outbox.flush(0.1))
@@ -126,7 +126,8 @@ def test_at_the_systems_limit_of_threads_nothing_is_accepted(tmp_path: Path, lim
     for folder in tmp_path.parents[:3]:
         folder.chmod(folder.stat().st_mode | 0o011)
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", UNDER_A_LIMIT, str(limit)]
+    user = 100_000 + os.getpid()  # of this test alone: the limit counts all threads of a user
+    command = [sys.executable, "-c", UNDER_A_LIMIT, str(limit), str(user)]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "Dropped(reason='io_error') 0 False\n"), done.stderr
 
