@@ -45,7 +45,7 @@ OS_NAMES = {
     "store/ownership.py": {"O_CLOEXEC", "O_RDONLY", "close", "geteuid", "open", "path", "read", "stat", "stat_result"},
     "_native.py": {"environ"},  # PILLARBOX_PURE_PYTHON
     "event.py": {"urandom"},
-    "store/open_files.py": {"close", "fsdecode", "listdir", "path", "readlink"},
+    "store/open_files.py": {"O_RDWR", "close", "devnull", "fsdecode", "listdir", "open", "path", "readlink"},
     "forks.py": {"getpid", "register_at_fork", "stat"},
     "outbox.py": {"PathLike"},
     "delivery/process/child.py": {"_exit", "dup2"},

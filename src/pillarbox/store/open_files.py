@@ -6,6 +6,20 @@ import contextlib
 import fcntl
 import os
 import sys
+from typing import Final
+
+_STANDARD_DESCRIPTORS: Final = 3
+
+
+def occupy_standard_descriptors() -> None:
+    """Open the null device as standard input, output or error where a program has closed them.
+
+    Otherwise an event file would have such a descriptor until it gets a higher one, and what other code prints meanwhile would
+    be written into it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) < _STANDARD_DESCRIPTORS:
+        pass
+    os.close(fd)
 
 
 def close_unknown_files(directory: str) -> None:
@@ -16,11 +30,12 @@ def close_unknown_files(directory: str) -> None:
     within = os.path.realpath(directory) + "/"
     for name in os.listdir("/dev/fd"):  # noqa: PTH208 - the names are numbers, not paths
         with contextlib.suppress(OSError):  # the descriptor that lists them is closed already
-            if _path_of_open_file(int(name)).startswith(within):
+            if path_of_open_file(int(name)).startswith(within):
                 os.close(int(name))
 
 
-def _path_of_open_file(fd: int) -> str:
+def path_of_open_file(fd: int) -> str:
+    """The path of an open file as the system knows it now. Raises `OSError` where it does not tell."""
     if sys.platform == "darwin":
         return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
     return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - may name no path that exists

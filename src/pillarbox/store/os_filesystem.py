@@ -30,6 +30,7 @@ from pillarbox.store.dirscan import (
     totals_by_pattern,
 )
 from pillarbox.store.filesystem import DirectoryInfo, DiskSpace, SequentialBatchOps
+from pillarbox.store.open_files import occupy_standard_descriptors, path_of_open_file
 from pillarbox.store.ownership import counted_owners, ownership_problem, usable_owner
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ _READ_CHUNK_BYTES = 1 << 20
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-_OPEN_FILES: Final = "/proc/self/fd"
 _DELETED: Final = " (deleted)"  # behind the path of an open file that has no name any more
 # Problems that `foreign_entries` reports, for callers that tell them apart.
 IS_DIRECTORY: Final = "is a directory"  # allowed where it is a queue
@@ -66,6 +66,7 @@ class OsFilesystem(SequentialBatchOps):
     remove_directory = staticmethod(os.rmdir)
 
     def __init__(self) -> None:
+        occupy_standard_descriptors()
         self._open_fds: set[int] = set()  # a forked child closes them, or it would keep its parent's locks
 
     def make_directory(self, path: str) -> None:
@@ -255,7 +256,7 @@ class OsFilesystem(SequentialBatchOps):
         if not self.has_name(fd):
             return ""
         try:
-            path = os.readlink(f"{_OPEN_FILES}/{fd}")
+            path = path_of_open_file(fd)
         except OSError:
             return "an unknown place"
         return "" if path.endswith(_DELETED) else path
