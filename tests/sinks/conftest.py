@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.sinks.http_server import Server
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +20,18 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extensions = ["-addext", "subjectAltName=DNS:localhost", "-keyout", f"{file}.key", "-out", str(file)]
     subprocess.run([*command.split(), *extensions], check=True, capture_output=True, timeout=30)
     return file
+
+
+@pytest.fixture
+def tls_context(certificate: Path) -> ssl.SSLContext:
+    """What a server with that certificate needs. Nobody has issued it."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, f"{certificate}.key")
+    return context
+
+
+@pytest.fixture
+def tls_server(tls_context: ssl.SSLContext) -> Iterator[Server]:
+    """An HTTP server over TLS."""
+    with Server(tls=tls_context) as running:
+        yield running

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,15 +17,6 @@ from tests.conftest import event
 from tests.sinks.http_server import Server
 
 URLS = ["https://localhost:{port}/events", "spacetimedb+https://localhost:{port}/events"]
-
-
-@pytest.fixture
-def tls_server(certificate: Path) -> Iterator[Server]:
-    """A server with a certificate that nobody has issued."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, f"{certificate}.key")
-    with Server(tls=context) as running:
-        yield running
 
 
 def use(url: str) -> tuple[DeliveryResult, str, list[CheckResult]]:

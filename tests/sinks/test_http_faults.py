@@ -184,35 +184,26 @@ def test_rejections_by_index_are_read_from_a_response(server: Server) -> None:
     assert result_of(server.url()).accepted is None
 
 
-@pytest.fixture
-def safe_server(certificate: Path) -> Iterator[Server]:
-    """The same server over TLS."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, f"{certificate}.key")
-    with Server(tls=context) as running:
-        yield running
-
-
-def test_an_untrusted_certificate_stops_delivery(safe_server: Server, certificate: Path) -> None:
+def test_an_untrusted_certificate_stops_delivery(tls_server: Server, certificate: Path) -> None:
     """The message names ca_file, and no event is sent."""
-    result = result_of(safe_server.url())
+    result = result_of(tls_server.url())
     assert isinstance(result, Misconfigured)
     assert "ca_file=" in result.reason
-    assert safe_server.requests == []
-    assert result_of(safe_server.url(f"/e#ca_file={certificate}")) == Delivered(3)
-    other = result_of(safe_server.url(f"/e#ca_file={certificate}").replace("localhost", "127.0.0.1"))
+    assert tls_server.requests == []
+    assert result_of(tls_server.url(f"/e#ca_file={certificate}")) == Delivered(3)
+    other = result_of(tls_server.url(f"/e#ca_file={certificate}").replace("localhost", "127.0.0.1"))
     assert isinstance(other, Misconfigured)
     assert "127.0.0.1" in other.reason
 
 
-def test_a_corrected_ca_file_is_read_without_a_restart(safe_server: Server, certificate: Path, tmp_path: Path) -> None:
+def test_a_corrected_ca_file_is_read_without_a_restart(tls_server: Server, certificate: Path, tmp_path: Path) -> None:
     """Delivery resumes by itself."""
     file = tmp_path / "ca.pem"
     other = httpx.create_ssl_context().get_ca_certs(binary_form=True)[0]
     file.write_text(ssl.DER_cert_to_PEM_cert(other))
 
     async def work() -> None:
-        sink = HttpSink(safe_server.url(f"#ca_file={file}"), TrackingEvent)
+        sink = HttpSink(tls_server.url(f"#ca_file={file}"), TrackingEvent)
         assert isinstance(await sink.deliver(batch()), Misconfigured)
         shutil.copy(certificate, file)
         assert await sink.deliver(batch()) == Delivered(3)

@@ -227,10 +227,10 @@ def test_an_invalid_request_is_an_error_and_nothing_of_it_is_sent(server: Server
     assert len(server.requests) == 1
 
 
-def test_an_untrusted_certificate_is_an_error(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untrusted_certificate_is_an_error(
+    certificate: Path, tls_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Trusted are the authorities of the system and of certifi, for the host's name."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate, f"{certificate}.key")
 
     async def call(host: str, port: int) -> bytes:
         connection = PooledConnection(parse_url(f"spacetimedb+https://{host}:{port}/db"))
@@ -243,7 +243,7 @@ def test_an_untrusted_certificate_is_an_error(certificate: Path, monkeypatch: py
         with pytest.raises(TransportError, match="certificate"):
             run_async(call(host, port))
 
-    with Server(tls=context, respond=always(CannedResponse(200, b"safe"))) as safe:
+    with Server(tls=tls_context, respond=always(CannedResponse(200, b"safe"))) as safe:
         assert_refused("localhost", safe.port)
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert_refused("127.0.0.1", safe.port)
