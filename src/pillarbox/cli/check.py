@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def check(
     sink: UrlArgument = None, event_type: EventTypeOption = None, config: ConfigOption = None, json: JsonOption = False
 ) -> int:
-    """Check that a destination answers and takes events.
+    """Check that a destination is up and accepts events.
 
-    If it has a table, checks that the table fits the event type. Sends no event. Exits with 1 if a check fails.
+    If it has a table, checks that the table matches the event type. Sends no event. Exits with 1 if a check fails.
     """
     settings = load_settings(config, sink=sink, event_type=event_type)
     require_setting(settings, "sink", "URL")

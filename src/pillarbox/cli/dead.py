@@ -127,8 +127,8 @@ def list_(
 ) -> int:
     """List dead letters, grouped by what they share.
 
-    A group shares code, destination, event key and reason; values within a reason are left out. Times are of the last attempt.
-    Several values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes
+    A group shares code, destination, event key and reason; values within a reason are left out. --since and --until compare
+    the time of the last attempt. Several values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes
     nothing.
     """
     context = ChangeContext(options.load_settings())
@@ -266,7 +266,7 @@ def replay(
 ) -> int:
     """Replay dead letters unchanged, once the cause is fixed.
 
-    Puts the events back into the outbox under their own ids; they are delivered like all others. Each dead letter is removed
+    Puts the events back into the outbox under their own ids; they are delivered like any other events. Each dead letter is removed
     once its event is durable in the outbox; if the command is killed in between, an event can be enqueued twice, under one id.
     Events that the event type does not accept stay dead letters and are reported: see `pillarbox dead edit`. Without --yes
     nothing is changed.
@@ -337,13 +337,13 @@ def edit(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help="Set a field: to JSON if it accepts that, else to text.",
+            help="Set a field. VALUE is JSON if the field accepts it, otherwise text.",
             show_default=False,
         ),
     ] = None,
     from_file: Annotated[
         str | None,
-        typer.Option("--from", metavar="FILE", help="Replay from a file edited before.", show_default=False),
+        typer.Option("--from", metavar="FILE", help="Continue with a file that was edited earlier.", show_default=False),
     ] = None,
     editor: Annotated[
         str, typer.Option(envvar=["VISUAL", "EDITOR"], metavar="COMMAND", help="Editor to use without --set.")

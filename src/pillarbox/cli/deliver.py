@@ -73,11 +73,11 @@ def deliver(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Deliver pending batches, until stopped or --once.
+    """Deliver pending batches until stopped.
 
-    Also recovers the segments of dead writers; it does not touch those of running writers. One process delivers at a time: a
-    second one waits as a standby. On SIGINT or SIGTERM it finishes the batch in flight and exits with 0, within 11 seconds, or
-    16 with --otlp; a second signal exits immediately. With --once it exits with 1 if something is left; the last line says why.
+    Also recovers the segments of dead writers; it does not touch those of running writers. One process delivers at a time; a
+    second one waits as a standby. On SIGINT or SIGTERM it finishes the batch in flight and exits with 0 within 11 seconds (16
+    with --otlp); a second signal exits immediately. With --once it exits with 1 if something is left; the last line says why.
     Without --otlp, metrics are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)

@@ -46,9 +46,9 @@ def doctor(
 ) -> int:
     """Check the directory, its filesystem and the sinks.
 
-    Exits with 1 if one of them does not support the configured guarantees, or something stands in the way of delivery. Safe at
-    any time: it tries locks, renames and syncs on files of its own, doctor-*.probe, which it deletes; it locks, creates and
-    recovers nothing else. It also checks the destinations in the settings, and sends them no event.
+    Exits with 1 if one of them does not support the configured guarantees, or if something prevents delivery. Safe at any time:
+    it tries locks, renames and syncs on files of its own, doctor-*.probe, which it deletes; it locks, creates and recovers
+    nothing else. It also checks the destinations in the settings, and sends them no event.
     """
     interrupt_on_sigterm()  # so that the probe files are deleted
     settings = options.load_settings(durability=durability, sink=sink)

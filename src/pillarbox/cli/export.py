@@ -52,7 +52,7 @@ def export(
         typer.Option("--output", "-o", metavar="FILE", help="Output file; written whole or not at all.", show_default=False),
     ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="With CSV: write cells as they are, also those that a spreadsheet would run.")
+        bool, typer.Option("--raw", help="With CSV: do not escape cells that a spreadsheet would run as formulas.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the output file.")] = False,
     *,
@@ -62,7 +62,7 @@ def export(
 ) -> int:
     """Export stored events as NDJSON or CSV.
 
-    An event that is stored during the whole run is written exactly once; events that come or go meanwhile are counted. Several
+    An event that is stored during the whole run is written exactly once; events added or removed meanwhile are counted. Several
     values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes nothing in
     the outbox.
     """

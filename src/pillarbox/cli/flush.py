@@ -26,10 +26,10 @@ class FlushResult(msgspec.Struct, frozen=True, kw_only=True):
 def flush(
     options: DirectoryOptions, timeout: TimeoutOption = 30.0, quiet: QuietOption = False, json: JsonOption = False
 ) -> int:
-    """Seal, and wait until every sink has everything.
+    """Seal all segments and wait until they are delivered.
 
-    Waits for all batches that were sealed by then; another process delivers them. Exits with 1 if something is left after
-    --timeout seconds, and says who delivers and in which state that is.
+    Waits until every sink has all batches that were sealed by then; another process delivers them. Exits with 1 if something
+    is left after --timeout seconds, and says which process delivers and in which state it is.
     """
     context = SealContext(options.load_settings(), timeout, quiet=quiet)
     sealed = seal_directory(context)

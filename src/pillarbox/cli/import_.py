@@ -56,17 +56,17 @@ def import_(
     source: Annotated[str, typer.Argument(metavar="FILE|DIR|-", help="File, other outbox directory, or - for standard input.")],
     options: OutboxOptions,
     kind: Annotated[
-        Literal["auto", "ndjson", "csv", "outbox"], typer.Option("--format", help="Source format; auto goes by the name.")
+        Literal["auto", "ndjson", "csv", "outbox"], typer.Option("--format", help="Source format; auto: by the file's name.")
     ] = "auto",
-    what: Annotated[ExportScope, typer.Option("--what", help="Which events of another outbox.")] = "pending",
+    what: Annotated[ExportScope, typer.Option("--what", help="Which events to import from another outbox.")] = "pending",
     skip: Annotated[int, typer.Option("--skip", metavar="N", min=0, help="Skip the first N lines, rows or events.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="CSV cells are as they are: `export` did not escape them.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="With CSV: do not undo the escaping that `export` applies.")] = False,
     rejects: Annotated[
         str | None,
         typer.Option("--rejects", metavar="FILE", help="Append lines that are not accepted to FILE.", show_default=False),
     ] = None,
     wait: Annotated[
-        float, typer.Option("--wait", metavar="SECONDS", min=0, help="How long to wait for room in a full outbox.")
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds to wait for room in a full outbox.")
     ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be accepted.")] = False,
     json: JsonOption = False,
@@ -74,10 +74,10 @@ def import_(
 ) -> int:
     """Import events from NDJSON, CSV or another outbox.
 
-    A line of NDJSON is an event, stored byte for byte under its own id, or a record of an outbox with its checksum. An event
-    without an id or a time gets one. The first row of CSV names the fields. A line that is not an event is reported, counted
-    and skipped, and the exit code is 1. If the import stops early, it says where: continue from there with --skip. The
-    directory's delivery worker delivers the events.
+    A line of NDJSON is an event, which is stored byte for byte under its own id, or a record of an outbox with its checksum. An
+    event without an id or a time gets one. The first row of CSV names the fields. A line that is not an event is reported,
+    counted and skipped, and the exit code is 1. If the import stops early, it says at which line; continue from there with
+    --skip. The directory's delivery worker delivers the events.
     """
     log_to_terminal(quiet=quiet)
     when_full: dict[str, Any] = {"when_full": "block", "block_timeout": wait} if wait else {"when_full": "drop_newest"}

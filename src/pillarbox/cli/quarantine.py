@@ -125,7 +125,7 @@ def _describe_reasons(reasons: dict[str, int]) -> str:
 def list_(options: DirectoryOptions, filters: RecordFilterOptions, limit: LimitOption = 50, json: JsonOption = False) -> int:
     """List the batches that have damaged bytes.
 
-    Times are when the batch was sealed. Several values of one filter: any may match; several filters: all must match. Safe at
+    The time shown is when the batch was sealed. Several values of one filter: any may match; several filters: all must match. Safe at
     any time: takes no lock and changes nothing.
     """
     context = ChangeContext(options.load_settings())
@@ -225,7 +225,7 @@ def repair(
     options: OutboxOptions,
     filters: RecordFilterOptions,
     everything: AllOption = False,
-    checked: Annotated[bool, typer.Option("--checked", help="Only events whose checksum is right.")] = False,
+    checked: Annotated[bool, typer.Option("--checked", help="Only events whose checksum matches.")] = False,
     yes: YesOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -291,12 +291,12 @@ def purge(
     options: DirectoryOptions,
     filters: RecordFilterOptions,
     everything: AllOption = False,
-    repaired: Annotated[bool, typer.Option("--repaired", help="Only batches of which every range is repaired.")] = False,
+    repaired: Annotated[bool, typer.Option("--repaired", help="Only batches whose byte ranges are all repaired.")] = False,
     yes: YesOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> int:
-    """Delete damaged bytes, whole batches at a time.
+    """Delete the damaged bytes of whole batches.
 
     The ledger counts them as purged. Without --yes nothing is changed.
     """

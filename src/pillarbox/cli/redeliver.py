@@ -73,7 +73,7 @@ def redeliver(
     options: OutboxOptions,
     filters: RetainedFilterOptions,
     sink: Annotated[
-        str | None, typer.Option("--sink", metavar="NAME", help="Only to this one of several sinks.", show_default=False)
+        str | None, typer.Option("--sink", metavar="NAME", help="Redeliver only to this sink.", show_default=False)
     ] = None,
     everything: AllOption = False,
     yes: YesOption = False,
@@ -83,11 +83,11 @@ def redeliver(
 ) -> int:
     """Deliver retained batches again.
 
-    For a destination that lost events it had confirmed. With `keep_delivered` set, delivered batches are retained for a while.
-    Each becomes pending again under a new batch id, with the same event ids, so that a destination that deduplicates stores no
-    event twice. The directory's delivery worker delivers them in their original order. Records that were dead letters or
-    damaged the first time will be so again. If the command is killed, no batch is lost or redelivered twice. Without --yes
-    nothing is changed.
+    Use it when a destination has lost events that it had confirmed. With `keep_delivered` set, delivered batches are retained
+    for a while. Each selected batch becomes pending again under a new batch id, with the same event ids, so that a destination
+    that deduplicates stores no event twice. The directory's delivery worker delivers the batches in their original order.
+    Records that were rejected or damaged the first time become dead letters or quarantine again. If the command is killed, no
+    batch is lost or redelivered twice. Without --yes nothing is changed.
     """
     context = ChangeContext(options.load_settings(), quiet=quiet)
     now = context.clock.micros()

@@ -204,8 +204,8 @@ def seal(options: DirectoryOptions, timeout: TimeoutOption = 10.0, quiet: QuietO
     """Make all writers seal their segments.
 
     Waits until they have; exits with 1 if a segment is still unsealed after --timeout seconds, and says why. Running writers
-    notice the request, a file named seal.request, within half a second. A segment of a dead writer cannot be sealed by this
-    command: it says so.
+    notice the request, a file named seal.request, within half a second. This command cannot seal the segment of a dead writer;
+    it reports that.
     """
     result = seal_directory(SealContext(options.load_settings(), timeout, quiet=quiet))
     if json:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 sinks = typer.Typer(
     name="sinks",
-    help="List, add, rename or remove queues of several sinks.",
+    help="List, add, rename or remove the queues of sinks.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings=CONTEXT_SETTINGS,
@@ -123,8 +123,8 @@ def remove(
 ) -> int:
     """Remove the queue of a sink.
 
-    No process may deliver to the sink at that time. The queues of other sinks do not change. Replay, repair or purge the dead
-    letters and the quarantine of the queue before.
+    No process may deliver to the sink meanwhile. The queues of other sinks do not change. Replay, repair or purge the dead
+    letters and the quarantine of the queue first.
     """
     directory = _open_directory(options)
     directory.finish_queue_removals()
@@ -165,7 +165,7 @@ def rename(
 ) -> int:
     """Rename the queue of a sink.
 
-    No process may deliver to the sink at that time.
+    No process may deliver to the sink meanwhile.
     """
     directory = _open_directory(options)
     if not layout.is_sink_name(new):

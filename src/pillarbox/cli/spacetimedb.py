@@ -124,7 +124,7 @@ def scaffold(
 ) -> int:
     """Print a Rust module for your event type.
 
-    The module has a table and the function that fills it, and is meant as the start of your own.
+    The module has a table and the function that fills it. Use it as a starting point for your own.
     """
     from pillarbox.sinks.spacetimedb.scaffold import scaffold as rust  # noqa: PLC0415 - the package needs its extra
 

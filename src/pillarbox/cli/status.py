@@ -26,8 +26,9 @@ def status(
 ) -> int:
     """Show what is pending and the state of delivery.
 
-    Safe at any time: it lists the directory and reads the heartbeat of the delivery worker. With --watch a terminal shows it
-    live, with rates; elsewhere each sample is a line, or with --json a JSON object on a line. Ctrl-C ends it with exit code 0.
+    Safe at any time: it lists the directory and reads the heartbeat of the delivery worker. With --watch it refreshes the view
+    on a terminal and adds rates; elsewhere it prints each sample as one line, or with --json as one JSON object per line.
+    Ctrl-C ends --watch with exit code 0.
     """
     settings = options.load_settings()
     clock = SystemClock()

@@ -56,10 +56,10 @@ def tail(
 ) -> int:
     """Show the newest events; with --follow, new ones.
 
-    Shows each event of all writers and files once, in the order of its writer, as soon as its line is complete. Several values
-    of one filter: any may match; several filters: all must match. Events that were delivered and deleted between two polls are
-    counted on standard error. With --json, prints one JSON object per line. Safe at any time: takes no lock and changes
-    nothing.
+    Shows the events of all writers, each event once, as soon as its line is complete. Those of one writer are in order. Several
+    values of one filter: any may match; several filters: all must match. Events that were delivered and deleted between two
+    polls are counted on standard error. With --json, prints one JSON object per line. Safe at any time: takes no lock and
+    changes nothing.
     """
     context = CommandContext(options.load_settings())
     header_decoder = EventHeaderDecoder(context.settings.event_type)
