@@ -128,8 +128,8 @@ def list_(
     """List dead letters, grouped by what they share.
 
     A group shares code, destination, event key and reason; values within a reason are left out. --since and --until compare
-    the time of the last attempt. Several values of one filter: any may match; several filters: all must match. Safe at any time: takes no lock and changes
-    nothing.
+    the time of the last attempt. Several values of one filter: any may match; several filters: all must match. Safe at any
+    time: takes no lock and changes nothing.
     """
     context = ChangeContext(options.load_settings())
     grouper, items, count, batches = DeadLetterGrouper(), [], 0, set()
@@ -266,10 +266,10 @@ def replay(
 ) -> int:
     """Replay dead letters unchanged, once the cause is fixed.
 
-    Puts the events back into the outbox under their own ids; they are delivered like any other events. Each dead letter is removed
-    once its event is durable in the outbox; if the command is killed in between, an event can be enqueued twice, under one id.
-    Events that the event type does not accept stay dead letters and are reported: see `pillarbox dead edit`. Without --yes
-    nothing is changed.
+    Puts the events back into the outbox under their own ids; they are delivered like any other events. Each dead letter is
+    removed once its event is durable in the outbox; if the command is killed in between, an event can be enqueued twice, under
+    one id. Events that the event type does not accept stay dead letters and are reported: see `pillarbox dead edit`. Without
+    --yes nothing is changed.
     """
     context = ChangeContext(options.load_settings(), quiet=quiet)
     record_filter = filters.to_filter(context.clock.micros())

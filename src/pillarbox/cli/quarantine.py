@@ -125,8 +125,8 @@ def _describe_reasons(reasons: dict[str, int]) -> str:
 def list_(options: DirectoryOptions, filters: RecordFilterOptions, limit: LimitOption = 50, json: JsonOption = False) -> int:
     """List the batches that have damaged bytes.
 
-    The time shown is when the batch was sealed. Several values of one filter: any may match; several filters: all must match. Safe at
-    any time: takes no lock and changes nothing.
+    The time shown is when the batch was sealed. Several values of one filter: any may match; several filters: all must match.
+    Safe at any time: takes no lock and changes nothing.
     """
     context = ChangeContext(options.load_settings())
     items: list[QuarantineListItem] = []
