@@ -46,7 +46,7 @@ class Dropped(msgspec.Struct, frozen=True, gc=False):
     "power") nor cut off again; then it may still be delivered. After every other reason it is never delivered.
 
     Attributes:
-        reason: Why; `docs/reference/settings.md` has the reasons.
+        reason: Why; `docs/reference/outcomes.md` explains each reason.
     """
 
     reason: DropReason

@@ -70,39 +70,23 @@ class DeliveryCounters:
 
 
 class SinkStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the delivery to one sink. This process has counted since it opened the outbox."""
+    """A snapshot of the delivery to one sink. The counts began when this process opened the outbox.
 
-    state: State  # of the delivery
-    delivered: int  # events that the destination accepted
-    duplicates: int  # of these, what it had already
-    dead: int  # events that became dead letters
-    quarantined: int  # damaged byte ranges
-    discarded: int  # events that the limits of dead letters and quarantine discarded
-    flushed_files: int  # batch files settled
-    flushed_bytes: int  # their size
-    failed_flushes: int  # calls that failed
-    rate: float | None  # current limit in events/s; None: no limit
-    last_error: str  # the last failure of a call; "" if there was none
-
-    def as_degraded(self, reason: str) -> SinkStats:
-        """A copy with the state "degraded", for a problem that is not the sink's."""
-        return msgspec.structs.replace(self, state=State("degraded", reason), last_error=reason)
-
-
-class Stats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of an outbox. This process has counted since it opened the outbox; `pending_*` are those of the directory.
-
-    The counts of delivery are described at `DeliveryCounters`; with several sinks they are sums.
+    Attributes:
+        state: State of the delivery.
+        delivered: Events that the destination accepted.
+        duplicates: How many of them the destination already had.
+        dead: Events that became dead letters.
+        quarantined: Damaged byte ranges that were quarantined.
+        discarded: Dead letters and damaged byte ranges that were discarded at a limit.
+        flushed_files: Batch files that were settled.
+        flushed_bytes: Bytes of these files.
+        failed_flushes: Calls that the destination did not accept.
+        rate: Current limit in events/s; None: no limit.
+        last_error: The last failure of a call; "" if there was none.
     """
 
     state: State
-    durability: str
-    pending_bytes: int
-    pending_files: int
-    accepted: int
-    dropped: dict[str, int]  # by reason
-    sealed: dict[str, int]  # batches, by reason
-    evicted: int  # events deleted to make room for newer ones (`when_full="drop_oldest"`)
     delivered: int
     duplicates: int
     dead: int
@@ -111,7 +95,51 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     flushed_files: int
     flushed_bytes: int
     failed_flushes: int
-    rate: float | None  # current limit in events/s; None: no limit
+    rate: float | None
     last_error: str
-    hook_failures: dict[str, int]  # exceptions, by hook
-    sinks: dict[str, SinkStats]  # by name; empty unless there are several sinks
+
+    def as_degraded(self, reason: str) -> SinkStats:
+        """A copy with the state "degraded", for a problem that is not the sink's."""
+        return msgspec.structs.replace(self, state=State("degraded", reason), last_error=reason)
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of an outbox. The counts began when this process opened the outbox.
+
+    The counts of delivery, from `delivered` to `failed_flushes`, are sums over all sinks; `SinkStats` describes them.
+
+    Attributes:
+        state: State of the delivery; with several sinks, the worst one.
+        durability: The setting `durability`.
+        pending_bytes: Bytes of segments and batches in the directory, whichever process wrote them.
+        pending_files: Number of these files.
+        accepted: Events that `enqueue` stored.
+        dropped: Events that were not stored, by reason.
+        sealed: Batches that this process sealed, by reason.
+        evicted: Events deleted to make room for newer ones (`when_full="drop_oldest"`).
+        rate: Current limit of the delivery in events/s; None: no limit.
+        last_error: The last failure of a call; "" if there was none.
+        hook_failures: How often each hook raised.
+        sinks: The stats of each sink by name; empty unless there are several sinks.
+    """
+
+    state: State
+    durability: str
+    pending_bytes: int
+    pending_files: int
+    accepted: int
+    dropped: dict[str, int]
+    sealed: dict[str, int]
+    evicted: int
+    delivered: int
+    duplicates: int
+    dead: int
+    quarantined: int
+    discarded: int
+    flushed_files: int
+    flushed_bytes: int
+    failed_flushes: int
+    rate: float | None
+    last_error: str
+    hook_failures: dict[str, int]
+    sinks: dict[str, SinkStats]

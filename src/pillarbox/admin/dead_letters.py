@@ -130,14 +130,14 @@ def mask_values(reason: str) -> str:
 class DeadLetterGroup(msgspec.Struct, frozen=True):
     """Dead letters that differ in their values only; times in microseconds since 1970."""
 
-    code: str  # the destination's
-    reason: str  # see `mask_values`
-    sink: str  # that rejected the events
-    event_key: str | None  # of the events; None if they have none
-    queue: str  # the sink whose queue holds them; "" with a single sink
-    count: int  # of dead letters
-    first_at_micros: int  # the first attempt of the first
-    last_at_micros: int  # the last attempt of the last
+    code: str  # rejection code
+    reason: str  # why the destination rejected them, without the values in it
+    sink: str  # URL of the destination that rejected the events
+    event_key: str | None  # key of the events; None if they have none
+    queue: str  # name of the sink whose queue holds them; "" with a single sink
+    count: int  # number of dead letters
+    first_at_micros: int  # time of the earliest first attempt
+    last_at_micros: int  # time of the latest last attempt
 
 
 class DeadLetterGrouper:

@@ -61,46 +61,46 @@ _ENTRY_STATES: Final = {
 class HistoryEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One step in the life of a batch."""
 
-    state: str  # of a file: active, pending, retained, dead, quarantined; or of a ledger entry: sealed, settled, evicted, ...
-    at_micros: int | None  # of the ledger entry; of a pending file, when it was sealed
-    sink: str  # whose queue or ledger it is; "" for the outbox directory
-    file: str  # relative to the outbox directory; "" for a ledger entry
+    state: str  # of a file: active, pending, retained, dead, quarantined; of a ledger entry: its kind, such as settled
+    at_micros: int | None  # time of the ledger entry; for a pending file, when it was sealed
+    sink: str  # name of the sink whose queue or ledger has it; "" for the outbox directory
+    file: str  # path relative to the outbox directory; "" for a ledger entry
     text: str  # details in words
 
 
 class BatchHistory(msgspec.Struct, frozen=True):
-    """What is known of a batch: ledger entries in order of time, then its files."""
+    """What is known of a batch: the ledger entries in order of time, then its files."""
 
-    batch: str  # its id
-    entries: list[HistoryEntry]  # in order of time
+    batch: str  # batch id
+    entries: list[HistoryEntry]  # the steps, in order of time
 
 
 class EventLocation(msgspec.Struct, frozen=True, kw_only=True):
     """A place where an event is stored."""
 
-    state: str  # as in `HistoryEntry`
-    file: str  # relative to the outbox directory
-    offset: int | None  # of its line, or of the damaged byte range
-    batch: str  # "" in an active segment
-    record: str | None = None  # the name of the dead letter
-    code: str | None = None  # of the rejection
-    reason: str | None = None  # why it was rejected, or is damaged
-    event: msgspec.Raw | None = None  # None within damaged bytes
+    state: str  # state of the file, as in `HistoryEntry`
+    file: str  # path relative to the outbox directory
+    offset: int | None  # offset of the event's line, or of the damaged byte range
+    batch: str  # batch id; "" in an active segment
+    record: str | None = None  # name of the dead letter
+    code: str | None = None  # rejection code of the dead letter
+    reason: str | None = None  # why the event was rejected, or what is wrong with the bytes
+    event: msgspec.Raw | None = None  # the event; None within damaged bytes
 
 
 class FileSummary(msgspec.Struct, frozen=True, kw_only=True):
     """What a file contains, in numbers."""
 
-    file: str  # relative to the outbox directory
-    state: str  # as in `HistoryEntry`
-    batch: str  # its id; "" for a segment
-    writer: str | None  # None if the name does not tell it
-    bytes: int  # its size
-    events: int  # good records in it
-    damaged: list[DamagedRange]  # byte ranges that are no records
-    unfinished_bytes: int  # of an active segment: after its last complete line
-    first_micros: int | None  # of the events' own times
-    last_micros: int | None  # the last of them
+    file: str  # path relative to the outbox directory
+    state: str  # state of the file, as in `HistoryEntry`
+    batch: str  # batch id; "" for a segment
+    writer: str | None  # id of the writer; None if the file's name does not tell
+    bytes: int  # size of the file
+    events: int  # number of good records
+    damaged: list[DamagedRange]  # byte ranges that are not records
+    unfinished_bytes: int  # in an active segment: bytes after its last complete line
+    first_micros: int | None  # earliest time among the events' own times
+    last_micros: int | None  # latest of them
 
 
 class _QueueLedger(NamedTuple):

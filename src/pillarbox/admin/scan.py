@@ -21,11 +21,11 @@ _RANGES_SUFFIX = ".spans.json"
 
 
 class FileProblem(msgspec.Struct, frozen=True):
-    """Why a file, or one line of it, could not be read or changed. It was left as it is."""
+    """Why a file, or one line of it, could not be read or changed. It was left unchanged."""
 
-    file: str  # relative to the outbox directory
-    problem: str  # why
-    line: int | None = None  # from 1
+    file: str  # path relative to the outbox directory
+    problem: str  # what is wrong
+    line: int | None = None  # number of the line, from 1; None if the whole file is concerned
 
     def __str__(self) -> str:
         return f"{self.file}{'' if self.line is None else f', line {self.line}'}: {self.problem}"

@@ -23,40 +23,40 @@ if TYPE_CHECKING:
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One sink of an outbox with several sinks."""
 
-    name: str  # of the sink
-    backlog_bytes: int  # of batches that this sink has not delivered yet
-    backlog_files: int  # of these batches
-    oldest_age_s: float | None  # since the oldest of them was sealed
-    dead_files: int  # batches with dead letters
-    dead_bytes: int  # their dead-letter files
-    quarantine_files: int  # batches with damaged byte ranges
-    quarantine_bytes: int  # their files in quarantine
-    delivered_files: int  # retained batches
-    delivered_bytes: int  # their size
-    heartbeat: Heartbeat | None  # the last one of its delivery worker
-    heartbeat_age_s: float | None  # since it was written
+    name: str  # name of the sink
+    backlog_bytes: int  # bytes of batches that this sink has not delivered yet
+    backlog_files: int  # number of these batches
+    oldest_age_s: float | None  # seconds since the oldest of them was sealed
+    dead_files: int  # number of batches with dead letters
+    dead_bytes: int  # bytes of their dead-letter files
+    quarantine_files: int  # number of batches with damaged byte ranges
+    quarantine_bytes: int  # bytes of their quarantine files
+    delivered_files: int  # number of retained batches
+    delivered_bytes: int  # bytes of retained batches
+    heartbeat: Heartbeat | None  # last heartbeat of its delivery worker
+    heartbeat_age_s: float | None  # seconds since that heartbeat was written
 
 
 class OutboxStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The output of `pillarbox status --json`."""
 
     directory: str  # the outbox directory
-    pending_bytes: int  # active and sealed
-    pending_files: int  # of these, all files
-    active_files: int  # segments that writers append to
-    active_bytes: int  # their size
-    sealed_files: int  # batches
-    oldest_age_s: float | None  # since the oldest pending batch was sealed
-    quarantine_files: int  # batches with damaged byte ranges
-    quarantine_bytes: int  # their files in quarantine
-    dead_files: int  # batches with dead letters
-    dead_bytes: int  # their dead-letter files
-    delivered_files: int  # retained batches
-    delivered_bytes: int  # their size
-    durability: str  # of the outbox in the delivering process; without one, that of the settings
-    heartbeat: Heartbeat | None  # the last one of the delivery worker
-    heartbeat_age_s: float | None  # since it was written
-    sinks: list[SinkStatus]  # empty for a single sink
+    pending_bytes: int  # bytes of segments and batches
+    pending_files: int  # number of segments and batches
+    active_files: int  # number of segments that writers append to
+    active_bytes: int  # bytes of these segments
+    sealed_files: int  # number of pending batches
+    oldest_age_s: float | None  # seconds since the oldest pending batch was sealed
+    quarantine_files: int  # number of batches with damaged byte ranges
+    quarantine_bytes: int  # bytes of their quarantine files
+    dead_files: int  # number of batches with dead letters
+    dead_bytes: int  # bytes of their dead-letter files
+    delivered_files: int  # number of retained batches
+    delivered_bytes: int  # bytes of retained batches
+    durability: str  # durability of the outbox in the delivering process; if there is none, that of the settings
+    heartbeat: Heartbeat | None  # last heartbeat of the delivery worker
+    heartbeat_age_s: float | None  # seconds since that heartbeat was written
+    sinks: list[SinkStatus]  # the status of each sink; empty for a single one
 
 
 def _sealed_batches(directory: Directory) -> dict[str, int]:

@@ -35,15 +35,15 @@ PROBLEMS_SHOWN_MAX: Final = 20  # problems that are printed one by one; all are 
 class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `--json` of the commands that change something."""
 
-    applied: bool  # False without --yes: nothing was changed
-    events: int  # for `quarantine purge`: damaged byte ranges
-    files: int  # that were or would be changed
+    applied: bool  # the changes were made; False without --yes
+    events: int  # number of events concerned; for `quarantine purge`, of damaged byte ranges
+    files: int  # number of files that were or would be changed
     items: list[Any]  # the records, byte ranges or batches; the shape depends on the command
     problems: list[FileProblem]  # what was left unchanged, and why; the first 1,000
-    problem_count: int  # of all of them
-    dropped_reason: str  # why the outbox dropped an event, which ended the work; "" if it dropped none
-    interrupted: bool  # Ctrl-C or SIGTERM ended it
-    ledger_write_failed: bool  # the changes are not in the ledger
+    problem_count: int  # number of all problems, also of those that `problems` leaves out
+    dropped_reason: str  # why the outbox dropped an event, which ended the command; "" if it dropped none
+    interrupted: bool  # Ctrl-C or SIGTERM ended the command
+    ledger_write_failed: bool  # the ledger could not be written, so it lacks the changes
 
 
 class ChangeContext(CommandContext):

@@ -57,18 +57,18 @@ _EDIT_PREFIX: Final = "mend-"  # of the files that an editor works on
 class DeadLetterItem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One dead letter, in the `--json` of these commands; times in microseconds since 1970."""
 
-    record: str  # its name, <batch>#<index>
-    batch: str  # its batch id
-    index: int  # of the record in its batch, from 0
-    code: str  # the destination's
+    record: str  # name of the dead letter: <batch>#<index>
+    batch: str  # batch id
+    index: int  # position among the good records of its batch, from 0
+    code: str  # rejection code
     reason: str  # why the destination rejected it
-    sink: str  # that rejected it
-    attempts: int  # number of calls that had it
-    first_at_micros: int  # the first attempt
-    last_at_micros: int  # the last attempt
-    event_id: str | None  # None if it has none
-    event_key: str | None  # None if it has none
-    queue: str = ""  # the sink whose queue it is in, if there are several sinks
+    sink: str  # URL of the destination that rejected it
+    attempts: int  # number of calls that contained it
+    first_at_micros: int  # time of the first attempt
+    last_at_micros: int  # time of the last attempt
+    event_id: str | None  # id of the event; None if it has none
+    event_key: str | None  # key of the event; None if it has none
+    queue: str = ""  # name of the sink whose queue holds it; absent with a single sink
     event: msgspec.Raw | None = None  # `show`: the event as it was rejected; `edit`: as it is replayed
 
 
@@ -76,9 +76,9 @@ class DeadLetterListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox dead list --json`: groups, or with --each records."""
 
     records: int  # number of dead letters that match
-    files: int  # number of files that they are in
+    files: int  # number of files that contain them
     groups: list[DeadLetterGroup]  # without --each: the dead letters by code, reason, sink and event key
-    items: list[DeadLetterItem]  # with --each
+    items: list[DeadLetterItem]  # with --each: the dead letters
     problems: list[FileProblem]  # files and lines that could not be read
 
 

@@ -38,9 +38,9 @@ _STOP_TIMEOUT_S: Final = 10.0  # for the batch in flight when the command is int
 class DeliverResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox deliver --json`, printed at its end; counts are of this run."""
 
-    pending_batches: int  # still pending at the end
-    total: SinkStats  # of all sinks
-    sinks: dict[str, SinkStats]  # by name, if there are several
+    pending_batches: int  # batches that are still pending at the end
+    total: SinkStats  # the counts of all sinks together
+    sinks: dict[str, SinkStats]  # with several sinks: the counts of each, by name
 
 
 @expand_options

@@ -33,13 +33,13 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class ExportResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox export --json`; on standard output with -o, otherwise on standard error."""
 
-    events: int  # written
-    file: str | None  # that was written; None for standard output
-    new_events: int  # of `events`: accepted while the export ran
-    missed_batches: int  # delivered or evicted before the export read them
+    events: int  # number of exported events
+    file: str | None  # output file; None for standard output
+    new_events: int  # how many of `events` were accepted while the export ran
+    missed_batches: int  # batches that were delivered or evicted before the export read them
     unrecoverable_ranges: int  # damaged byte ranges that contain no event
     incomplete_events: int  # events with fields that have no CSV column, or that are not JSON objects
-    problems: list[FileProblem]  # files that cannot be read, lines that are not events
+    problems: list[FileProblem]  # files that cannot be read, and lines that are not events
 
 
 @expand_options

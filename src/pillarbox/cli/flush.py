@@ -14,12 +14,12 @@ class FlushResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox flush --json`."""
 
     directory: str  # the outbox directory
-    batches: int  # pending when everything was sealed
-    pending_batches: int  # of these, still pending
+    batches: int  # number of batches that were pending when everything was sealed
+    pending_batches: int  # how many of these are still pending
     unsealed: list[str]  # names of segments that were not sealed
-    pending_sinks: list[str]  # of several sinks, those with pending batches
+    pending_sinks: list[str]  # with several sinks: the names of those with pending batches
     reason: str  # why something is left; "" if nothing is
-    seconds: float  # how long it took
+    seconds: float  # how long the command took
 
 
 @expand_options

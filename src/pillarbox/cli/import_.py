@@ -40,13 +40,13 @@ _PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # other events m
 class ImportResult(msgspec.Struct, kw_only=True):
     """The shape of `pillarbox import --json`."""
 
-    dry_run: bool  # nothing was stored
-    accepted: int = 0  # with --dry-run: would be accepted
+    dry_run: bool  # --dry-run was given: nothing was stored
+    accepted: int = 0  # events stored; with --dry-run, events that would be
     dropped: int = 0  # lines that are not valid events, and events that the outbox dropped as such
-    processed: int = 0  # every line or row up to this one is accepted or dropped; --skip continues after it
-    complete: bool = False  # the whole source is processed
-    outbox_dropped: str = ""  # why the outbox stopped accepting events
-    interrupted: bool = False  # Ctrl-C or SIGTERM ended it
+    processed: int = 0  # number of the last line or row that was accepted or dropped; --skip continues after it
+    complete: bool = False  # the whole source was processed
+    outbox_dropped: str = ""  # why the outbox stopped accepting events; "" if it did not
+    interrupted: bool = False  # Ctrl-C or SIGTERM ended the command
     problems: list[FileProblem]  # why lines were dropped; the first 1,000
 
 

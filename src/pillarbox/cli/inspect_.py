@@ -35,10 +35,10 @@ _STATES: Final = {
 class InspectResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox inspect --json`; times in microseconds since 1970."""
 
-    name: str  # what was asked for
-    kind: Literal["file", "batch", "event", "unknown"]  # what that is
-    files: list[FileSummary]  # the files of this name
-    events: list[EventLocation]  # the places where the event is
+    name: str  # the argument of the command
+    kind: Literal["file", "batch", "event", "unknown"]  # what the argument names
+    files: list[FileSummary]  # the files with this name
+    events: list[EventLocation]  # each place where the event is
     batches: list[BatchHistory]  # the history of each batch concerned
     problems: list[FileProblem]  # files that could not be read
 

@@ -43,21 +43,21 @@ quarantine = typer.Typer(
 class QuarantineListItem(msgspec.Struct, frozen=True, kw_only=True):
     """The quarantined bytes of one batch, in `pillarbox quarantine list --json`."""
 
-    batch: str  # its id
-    ranges: int  # damaged byte ranges
-    repaired: int  # of them
-    bytes: int  # in these ranges
+    batch: str  # batch id
+    ranges: int  # number of damaged byte ranges
+    repaired: int  # how many of them are repaired
+    bytes: int  # number of bytes in these ranges
     reasons: dict[str, int]  # number of ranges by reason
-    sealed_at_micros: int | None  # microseconds since 1970; None if the batch id does not tell
-    queue: str = ""  # the sink whose queue it is in, if there are several sinks
+    sealed_at_micros: int | None  # when the batch was sealed, in microseconds since 1970; None if the batch id does not tell
+    queue: str = ""  # name of the sink whose queue holds the batch; "" with a single sink
 
 
 class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox quarantine list --json`."""
 
-    files: int  # that match
-    ranges: int  # damaged byte ranges in them
-    bytes: int  # in these ranges
+    files: int  # number of batches that match
+    ranges: int  # number of damaged byte ranges in them
+    bytes: int  # number of bytes in these ranges
     batches: list[QuarantineListItem]  # one item for each batch
     problems: list[FileProblem]  # files that could not be read
 
@@ -65,33 +65,33 @@ class QuarantineListing(msgspec.Struct, frozen=True, kw_only=True):
 class QuarantineRangeItem(msgspec.Struct, frozen=True, kw_only=True):
     """A damaged byte range, in `pillarbox quarantine show --json`."""
 
-    batch: str  # the batch id
-    number: int  # of the range in its batch, from 1
-    offset: int  # in the batch file, bytes
-    length: int  # bytes
+    batch: str  # batch id
+    number: int  # number of the range in its batch, from 1
+    offset: int  # offset in the batch file, in bytes
+    length: int  # length in bytes
     reason: str  # what is wrong with the bytes
-    repaired_at_micros: int | None  # None if it is not repaired
-    repaired_events: int  # events that `quarantine repair` recovered
-    data: bytes  # base64
-    queue: str = ""  # the sink whose queue it is in, if there are several sinks
+    repaired_at_micros: int | None  # when it was repaired; None if it was not
+    repaired_events: int  # number of events that `quarantine repair` recovered
+    data: bytes  # the bytes, as base64
+    queue: str = ""  # name of the sink whose queue holds the batch; "" with a single sink
 
 
 class RecoveredEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event that was found in a damaged byte range."""
 
     event: msgspec.Raw  # the event
-    checksum_ok: bool  # the record had the right checksum
+    checksum_ok: bool  # the checksum of the record matches
     how: str  # how it was recovered
 
 
 class RepairedRange(msgspec.Struct, frozen=True, kw_only=True):
     """The events in a damaged byte range, in `pillarbox quarantine repair --json`."""
 
-    batch: str  # the batch id
-    number: int  # of the range in its batch, from 1
+    batch: str  # batch id
+    number: int  # number of the range in its batch, from 1
     reason: str  # what is wrong with the bytes
-    events: list[RecoveredEvent]  # recovered from it
-    problems: list[str]  # why the other pieces of the range contain no event
+    events: list[RecoveredEvent]  # the events recovered from it
+    problems: list[str]  # for each piece of the range without an event, the reason
 
 
 def _summarize_batch(batch: QuarantinedBatch, queue: str = "") -> QuarantineListItem:

@@ -34,13 +34,13 @@ _SECOND_MICROS: Final = 1_000_000
 class RedeliveredBatch(msgspec.Struct, frozen=True, kw_only=True):
     """One retained batch, in the `items` of `pillarbox redeliver --json`; times in microseconds since 1970."""
 
-    batch: str  # its id
-    redelivered_as: str | None  # the new batch id; None without --yes
-    sink: str  # of several sinks; "" for a single one
-    events: int  # number of its events
-    bytes: int  # its size
-    sealed_at_micros: int | None  # None if the file's name does not tell
-    delivered_at_micros: int | None  # None if the file's name does not tell
+    batch: str  # batch id when it was delivered
+    redelivered_as: str | None  # new batch id; None without --yes
+    sink: str  # name of the sink that retained it; "" with a single sink
+    events: int  # number of events
+    bytes: int  # size of the file
+    sealed_at_micros: int | None  # when it was sealed; None if the file's name does not tell
+    delivered_at_micros: int | None  # when it was delivered; None if the file's name does not tell
 
 
 @dataclass(frozen=True, kw_only=True)

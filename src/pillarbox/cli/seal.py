@@ -42,11 +42,11 @@ class SealResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox seal --json`; names of files."""
 
     directory: str  # the outbox directory
-    sealed: list[str]  # segments that are sealed now
-    unsealed: list[str]  # segments that are not
-    orphaned: list[str]  # of these, the segments of dead writers
+    sealed: list[str]  # names of the segments that are sealed now
+    unsealed: list[str]  # names of the segments that are not
+    orphaned: list[str]  # which of the unsealed segments belong to dead writers
     reason: str  # why segments are unsealed; "" if none is
-    seconds: float  # how long it took
+    seconds: float  # how long the command took
 
 
 class SealContext:

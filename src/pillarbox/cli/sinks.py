@@ -39,24 +39,24 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the s
 class SinkQueue(msgspec.Struct, frozen=True, kw_only=True):
     """One queue in `pillarbox sinks list --json`; bytes and numbers of files."""
 
-    sink: str  # its name
-    sealed_files: int  # pending batches
-    sealed_bytes: int  # their size
-    dead_files: int  # batches with dead letters
-    quarantine_files: int  # batches with damaged byte ranges
-    delivered_files: int  # retained batches
-    state: str  # of its delivery worker; empty if it never had one
-    requested: bool  # `sinks add` requested it; the next process that delivers to the sink creates it
+    sink: str  # name of the sink
+    sealed_files: int  # number of pending batches
+    sealed_bytes: int  # bytes of pending batches
+    dead_files: int  # number of batches with dead letters
+    quarantine_files: int  # number of batches with damaged byte ranges
+    delivered_files: int  # number of retained batches
+    state: str  # state of its delivery worker; "" if it never had one
+    requested: bool  # `sinks add` requested the queue; the next process that delivers to the sink creates it
 
 
 class SinkChange(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `--json` of `pillarbox sinks add`, `remove` and `rename`."""
 
-    sink: str  # its name
+    sink: str  # name of the sink
     done: Literal["requested", "request_cancelled", "removed", "renamed"]  # what was changed
-    files: int = 0  # pending batches of a removed sink
-    returned: bool = False  # these are back in the outbox; otherwise they are deleted
-    new: str = ""  # the new name
+    files: int = 0  # number of pending batches of a removed sink
+    returned: bool = False  # they were returned to the outbox; otherwise they were deleted
+    new: str = ""  # new name of a renamed sink
 
 
 @sinks.command("list")

@@ -25,11 +25,11 @@ _LISTING_SHARE: Final = 10  # listing the directory takes at most a tenth of the
 class TailLine(msgspec.Struct, frozen=True, kw_only=True):
     """A line of `pillarbox tail --json`."""
 
-    batch: str | None  # None while the event is in an active segment
-    file: str  # path below the outbox directory
-    offset: int  # of the event's line in the file, bytes
-    writer: str | None  # None if the file's name does not tell
-    event: msgspec.Raw  # as it was stored
+    batch: str | None  # batch id; None while the event is in an active segment
+    file: str  # path of the file, relative to the outbox directory
+    offset: int  # offset of the event's line in the file, in bytes
+    writer: str | None  # id of the writer; None if the file's name does not tell
+    event: msgspec.Raw  # the event as it was stored
 
 
 @expand_options

@@ -30,11 +30,11 @@ class VerifyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The shape of `pillarbox verify --json`; numbers of events unless they say otherwise."""
 
     directory: str  # the outbox directory
-    balances: bool  # accepted = delivered + pending + dead + quarantined + evicted
+    balances: bool  # accepted = delivered + pending + dead + quarantined + evicted, within the ranges
     reconciliation: Reconciliation  # the counts
-    unread_entries: int  # lines of the ledger that are damaged, or of a later version of Pillarbox
-    unreadable_files: list[str]  # names
-    sinks: dict[str, VerifyResult]  # the same for the queue of each of several sinks
+    unread_entries: int  # ledger lines that are damaged or were written by a later version of Pillarbox
+    unreadable_files: list[str]  # names of files that could not be read
+    sinks: dict[str, VerifyResult]  # with several sinks: the result for the queue of each
 
 
 @expand_options

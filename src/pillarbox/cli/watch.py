@@ -34,26 +34,26 @@ ONLY: Final = ""  # the name of a single sink
 
 
 class SinkRates(msgspec.Struct, frozen=True):
-    """Rates of one sink; None if unknown."""
+    """Rates of one sink; a rate is None if it is unknown."""
 
-    out_events_per_s: float | None  # events delivered
-    empty_in_s: float | None  # at this rate
+    out_events_per_s: float | None  # events delivered per second
+    empty_in_s: float | None  # seconds until the backlog is empty at this rate
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """Rates over the last ten samples; None if unknown, as in the first sample."""
+    """Rates over the last ten samples; a rate is None if it is unknown, as in the first sample."""
 
-    in_events_per_s: float | None  # events stored
-    in_bytes_per_s: float | None  # bytes stored
-    sinks: dict[str, SinkRates]  # by sink; "" for a single one
+    in_events_per_s: float | None  # events stored per second
+    in_bytes_per_s: float | None  # bytes stored per second
+    sinks: dict[str, SinkRates]  # by name of the sink; "" for a single one
 
 
 class StatusSample(msgspec.Struct, frozen=True):
     """The shape of a line of `pillarbox status --watch --json`."""
 
-    at_micros: int  # when it was read
-    status: OutboxStatus  # as `status` prints it
-    rates: Rates  # since earlier samples
+    at_micros: int  # when the sample was taken
+    status: OutboxStatus  # what `status --json` prints
+    rates: Rates  # rates since earlier samples
 
 
 class _SinkRow(NamedTuple):

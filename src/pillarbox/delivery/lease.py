@@ -24,17 +24,17 @@ _READ_ATTEMPTS: Final = 3  # one that cannot be decoded may be being written
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """What the delivering process writes into `deliver.lock`: who it is, how delivery is going, and when it wrote that."""
+    """What the delivering process writes into `deliver.lock`: its id, the state of delivery, and the time."""
 
-    pid: int  # of the delivering process
+    pid: int  # id of the delivering process
     sink: str  # the sink, or the sinks, that it delivers to; without secrets
-    state: State  # of the delivery
-    at_micros: int  # when it was written
-    delivered: int  # events, by that process
+    state: State  # state of delivery
+    at_micros: int  # when it was written, by the wall clock
+    delivered: int  # number of events that this process has delivered
     last_error: str = ""  # the last failure of a call; "" if there was none
-    durability: str = ""  # of the outbox in that process; empty if it only delivers
-    boot_id: str = ""  # of the machine since it started; empty if it is unknown
-    monotonic_s: float = 0.0  # when it was written, by the monotonic clock of that time
+    durability: str = ""  # durability of the outbox in that process; "" if it only delivers
+    boot_id: str = ""  # id of the machine's current boot; "" if it is unknown
+    monotonic_s: float = 0.0  # when it was written, by the monotonic clock of that boot
 
     def age_s(self, clock: Clock) -> float:
         """Seconds since it was written.

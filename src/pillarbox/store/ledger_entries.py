@@ -114,22 +114,22 @@ class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
 
 
 class LedgerRow(msgspec.Struct, kw_only=True):
-    """The counts of events of a writer, or of all. Where a count is a range, the `_max` field is its upper end."""
+    """The counts of events of one writer, or of all writers. If a count is a range, the `_max` field is its upper end."""
 
-    writer: str = ""  # its UUID
-    accepted: int = 0  # `enqueue` stored them
-    accepted_max: int = 0  # of `accepted`
-    delivered: int = 0  # accepted by the destination
-    pending: int = 0  # in batches
-    pending_max: int = 0  # of `pending`
+    writer: str = ""  # UUID of the writer
+    accepted: int = 0  # events that `enqueue` stored
+    accepted_max: int = 0  # upper end, if `accepted` is a range
+    delivered: int = 0  # events that the destination accepted
+    pending: int = 0  # events in segments and batches
+    pending_max: int = 0  # upper end, if `pending` is a range
     dead: int = 0  # dead letters, also those that were replayed or purged later
     quarantined: int = 0  # damaged byte ranges
-    quarantined_max: int = 0  # of `quarantined`
-    evicted: int = 0  # deleted by `when_full="drop_oldest"`
-    shared: int = 0  # fanned out to the queues of several sinks
-    shared_max: int = 0  # of `shared`
-    duplicates: int = 0  # of those delivered: what the destination had already
-    resent: int = 0  # delivered again after a crash
+    quarantined_max: int = 0  # upper end, if `quarantined` is a range
+    evicted: int = 0  # events deleted by `when_full="drop_oldest"`
+    shared: int = 0  # events fanned out to the queues of several sinks
+    shared_max: int = 0  # upper end, if `shared` is a range
+    duplicates: int = 0  # how many of the delivered events the destination already had
+    resent: int = 0  # events that were delivered again after a crash
 
     def add(self, other: LedgerRow) -> None:
         """Add the counts of another row."""

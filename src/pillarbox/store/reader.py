@@ -26,8 +26,8 @@ SINGLE_RANGES_MAX: Final = 1000
 class DamagedRange(msgspec.Struct, frozen=True):
     """Damaged bytes: where they are in the file, and what is wrong with them."""
 
-    offset: int  # in the file, bytes
-    length: int  # bytes
+    offset: int  # offset in the file, in bytes
+    length: int  # length in bytes
     reason: str  # what is wrong with them
 
 

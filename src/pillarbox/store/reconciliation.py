@@ -61,11 +61,11 @@ class FileCounts(msgspec.Struct, frozen=True):
 
 
 class Discrepancy(msgspec.Struct, frozen=True):
-    """A batch whose counts differ: `events` are missing, or, if negative, extra."""
+    """A batch whose counts differ."""
 
-    batch: str  # its id
-    writer: str  # whose batch it is
-    events: int  # missing, or, if negative, extra
+    batch: str  # batch id
+    writer: str  # id of the writer of the batch
+    events: int  # number of missing events; negative if there are extra ones
     problem: str  # what is wrong
 
 
@@ -151,10 +151,10 @@ class _BatchEntries:
 
 
 class Reconciliation(msgspec.Struct, kw_only=True):
-    """The result for a directory."""
+    """The reconciled counts of a directory."""
 
-    total: LedgerRow  # of all writers
-    writers: list[LedgerRow]  # of each writer
+    total: LedgerRow  # the counts of all writers together
+    writers: list[LedgerRow]  # the counts of each writer
     replayed: int = 0  # dead letters put back into the outbox
     repaired: int = 0  # events recovered from quarantine
     resent_on_request: int = 0  # events that `redeliver` delivered again
@@ -162,9 +162,9 @@ class Reconciliation(msgspec.Struct, kw_only=True):
     purged_quarantine: int = 0  # damaged byte ranges deleted on request
     lost_entries: int = 0  # ledger entries that could not be written
     dead_on_disk: int = 0  # dead letters on disk
-    dead_missing: int = 0  # in the ledger and not on disk
-    fanned_out: dict[str, int] = {}  # events fanned out, by sink; the least, where damage makes a count unknown
-    earlier_discrepancy: int = 0  # events missing or extra in batches that are summed up
+    dead_missing: int = 0  # dead letters that the ledger has and the disk does not
+    fanned_out: dict[str, int] = {}  # events fanned out, by sink; the least number where damage makes a count unknown
+    earlier_discrepancy: int = 0  # events missing or extra in batches that the ledger has summed up
     discrepancies: list[Discrepancy]  # batches whose counts differ
 
     @property

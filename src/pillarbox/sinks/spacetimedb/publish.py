@@ -29,12 +29,12 @@ class PublishError(OperationalError):
 class PublishResult(NamedTuple):
     """The database after publishing."""
 
-    server: str  # its URL
-    version: str  # the server's
-    wasm_file: str  # the file in `wasm/`
-    database: str  # its name
-    database_identity: str  # its identity
-    owner: str  # the identity of the token
+    server: str  # URL of the server
+    version: str  # version of the server
+    wasm_file: str  # the module's file in `wasm/`
+    database: str  # name of the database
+    database_identity: str  # identity of the database
+    owner: str  # identity of the token's owner
     action: Literal["created", "updated", "unchanged"]  # what was done to the database
 
 
