@@ -63,7 +63,7 @@ class Codec:
         if not (isinstance(event_type, type) and issubclass(event_type, msgspec.Struct)):
             raise UsageError(f"event_type is {event_type!r}; use a subclass of msgspec.Struct")
         if "event_id" not in event_type.__struct_fields__:
-            raise UsageError(f"event_type {event_type.__name__} has no field event_id; add one: sinks drop duplicates by it")
+            raise UsageError(f"event_type {event_type.__name__} has no field event_id; add one: sinks deduplicate by it")
         self.event_type = event_type
         self.checks_itself = trusted or event_type is TrackingEvent
         self.encode: Callable[[Any], bytes] = _encode
@@ -96,7 +96,7 @@ class Codec:
         if isinstance(fields, dict):
             for name in self._generated_fields:
                 if name not in fields:
-                    raise InvalidEventError(name, "is missing; without it each decoding would make up another value")
+                    raise InvalidEventError(name, "is missing; its default would be a different value at each decoding")
         # JSON has no line feed within a string, and between two tokens it has no meaning.
         return value.replace(b"\n", b"")
 

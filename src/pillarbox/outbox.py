@@ -392,7 +392,7 @@ class Outbox(metaclass=OutboxMeta):
         self._power_checked = True
         advice = "set keep_delivered, so that `pillarbox redeliver` can deliver them again"
         if self.settings.keep_delivered is not None:
-            advice = "`pillarbox redeliver` can deliver them again for as long as keep_delivered keeps them"
+            advice = "`pillarbox redeliver` can deliver them again for as long as keep_delivered retains them"
         for sink, display_name in self._sinks.values():
             if sink.capabilities.survives != "power":
                 text = "%s: events survive a power loss here, but not at %s once they are delivered; %s"
@@ -556,7 +556,7 @@ class Outbox(metaclass=OutboxMeta):
     def _finish_close(self, timeout: float) -> None:
         deadline = self._clock.monotonic() + timeout
         if not self._sealer.stop(timeout):
-            log.warning("%s: not sealed within %g s; the next start takes over the active file", self.name, timeout)
+            log.warning("%s: not sealed within %g s; the next start recovers the segment", self.name, timeout)
         if self._runner is not None:
             self._runner.notify()
             self._runner.stop(max(0.0, deadline - self._clock.monotonic()))

@@ -84,7 +84,7 @@ def test_with_discard_records_above_the_limit_are_discarded_and_counted(
     assert remaining_files(outbox_dir) == [layout.dead_name(first)]
     counters = worker.counters
     assert (counters.dead, counters.discarded, counters.delivered) == (5, 4, 5)
-    assert len([entry for entry in caplog.records if "discarding what there is no space for" in entry.message]) == 1
+    assert len([entry for entry in caplog.records if "discarding rejected or damaged records" in entry.message]) == 1
 
 
 def test_a_batch_that_is_sent_again_does_not_count_its_earlier_dead_letters(outbox_dir: Directory) -> None:

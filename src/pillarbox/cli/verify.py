@@ -144,7 +144,7 @@ def _notes(report: ReconciliationReport) -> list[str]:
         notes.append(f"and {counted(hidden, 'more batch', 'more batches')}; --json lists them")
     if reconciliation.earlier_discrepancy:
         notes.append(
-            f"older batches, of which the ledger has only sums, are wrong by {reconciliation.earlier_discrepancy:,} events"
+            f"older batches, which the ledger has only as sums, are off by {reconciliation.earlier_discrepancy:,} events"
         )
     if reconciliation.dead_missing:
         notes.append(f"{counted(reconciliation.dead_missing, 'dead letter')} missing: not on disk, not replayed, not purged")

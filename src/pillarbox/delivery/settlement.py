@@ -286,7 +286,7 @@ class Settler:
         if full and not self._limits.discard_when_full:
             raise _QuarantineFullError(reasons)
         if full and self._status.warn(_DISCARD_WARNING, reasons):
-            log.error("%s: discarding what there is no space for: %s", file.batch_id, reasons)
+            log.error("%s: discarding rejected or damaged records for lack of space: %s", file.batch_id, reasons)
         if file.damaged_ranges and "quarantine" not in full:
             write_quarantine(self._directory, file.batch_id, file.data, file.damaged_ranges)
         if delivered.dead_letters and "dead" not in full:

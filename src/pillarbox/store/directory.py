@@ -100,7 +100,9 @@ class Directory:
         except FileExistsError:
             raise DirectoryUnusableError(self.path, "is a file", "name a directory") from None
         except OSError as error:
-            raise DirectoryUnusableError(self.path, f"cannot be made: {error.strerror}", "make it, or name another") from None
+            raise DirectoryUnusableError(
+                self.path, f"cannot be created: {error.strerror}", "create it, or choose another"
+            ) from None
         if facts is None or not facts.is_directory:
             raise DirectoryUnusableError(self.path, "is not a directory", "name a directory")
         if not facts.is_usable:
@@ -110,7 +112,7 @@ class Directory:
         if facts.filesystem_type in NETWORK_FILESYSTEMS:
             raise DirectoryUnusableError(
                 self.path,
-                f"is on {facts.filesystem_type}, a network filesystem, where neither locks nor syncs can be relied on",
+                f"is on {facts.filesystem_type}, a network filesystem, where locks and syncs are not reliable",
                 "name a directory on a local file system",
             )
         if facts.mode & OTHERS_MASK:
@@ -124,7 +126,7 @@ class Directory:
         if facts is not None and facts.filesystem_type in VOLATILE_FILESYSTEMS:
             raise DirectoryUnusableError(
                 self.path,
-                f'is on {facts.filesystem_type}, in memory, where durability "power" is not possible',
+                f'is on {facts.filesystem_type}, which is in memory, so durability "power" is impossible',
                 'name a directory on a disk, or set durability "process"',
             )
 

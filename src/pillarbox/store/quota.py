@@ -132,7 +132,7 @@ class QuotaEnforcer:
         try:
             self._evicted_delivered = evict_delivered(self._directory, enough) > 0
         except OSError as error:
-            log.warning("%s: delivered files could not be evicted: %s", self._directory.path, error)
+            log.warning("%s: retained batches could not be deleted: %s", self._directory.path, error)
         return self._space() if self._evicted_delivered else space
 
     def _recount(self) -> float:

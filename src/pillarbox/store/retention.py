@@ -161,5 +161,5 @@ def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
     if problem is not None and not removed:
         raise problem
     if removed:
-        log.warning("%s: the volume lacks space; delivered batches evicted: %d (%d bytes)", directory.path, removed, size)
+        log.warning("%s: the volume lacks space; retained batches deleted: %d (%d bytes)", directory.path, removed, size)
     return removed

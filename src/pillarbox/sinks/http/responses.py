@@ -153,7 +153,7 @@ def _classify_rejection(response: HttpResponse, indexes: Sequence[int], redact: 
             if report.problem or (report.accepted or 0) + report.duplicates < accepted:
                 problem = report.problem or "does not account for each event"
                 return Misconfigured(
-                    f"{response.status}: the server kept events, but its response {problem}: "
+                    f"{response.status}: the server stored events, but its response {problem}: "
                     "make it respond as docs/how-to/http.md describes"
                 )
             return PartialFailure(report.rejected, accepted, min(report.duplicates, accepted))

@@ -224,11 +224,11 @@ def _read_variable(environ: Mapping[str, str], variable: str, option: str) -> st
     if not value:
         raise SinkUnusableError(
             f"the environment variable {variable}, named by {option} in the sink's URL, is not set: "
-            "set it for this process and start the process again"
+            "set it for this process and restart the process"
         )
     if not value.isascii() or not value.isprintable():
         raise SinkUnusableError(
-            f"the environment variable {variable} is not one line of printable ASCII: correct it and start the process again"
+            f"the environment variable {variable} is not one line of printable ASCII: correct it and restart the process"
         )
     return value
 
@@ -245,7 +245,7 @@ def _decode_signing_key(secret: str, variable: str) -> bytes:
         ) from None
     if not key:  # anybody could sign with it
         raise SinkUnusableError(
-            f"the environment variable {variable} holds {_SECRET_PREFIX} without a key behind it: copy the secret again"
+            f"the environment variable {variable} holds {_SECRET_PREFIX} without a key after it: copy the secret again"
         )
     return key
 
@@ -257,5 +257,5 @@ def _check_proxy_url(url: str, variable: str) -> None:
         is_valid = False
     if not is_valid:
         raise SinkUnusableError(
-            f"the environment variable {variable} is not a proxy's URL: set it to http://host:port and start the process again"
+            f"the environment variable {variable} is not a proxy's URL: set it to http://host:port and restart the process"
         )
