@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from pillarbox.cli.context import load_settings, require_setting
 from pillarbox.cli.options import ConfigOption, EventTypeOption, JsonOption, UrlArgument, expand_options
 from pillarbox.cli.output import ExitCode, out, print_json
 from pillarbox.sinks import make_sink, redact_url
+from pillarbox.sinks.event_loop import run_on_sink_loop
 
 if TYPE_CHECKING:
     from pillarbox.sinks.base import CheckResult, Sink
@@ -24,7 +24,7 @@ def check(
     """
     settings = load_settings(config, sink=sink, event_type=event_type)
     require_setting(settings, "sink", "URL")
-    results = asyncio.run(_check_and_close(make_sink(settings.sink or "", settings.event_type)))
+    results = run_on_sink_loop(_check_and_close(make_sink(settings.sink or "", settings.event_type)))
     if json:
         print_json([result._asdict() for result in results])
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +24,7 @@ from pillarbox.clock import SystemClock
 from pillarbox.errors import DirectoryUnusableError, PillarboxError
 from pillarbox.outcome import Durability  # noqa: TC001 - typer evaluates the annotations
 from pillarbox.sinks import make_sink, redact_url
+from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 
@@ -96,7 +96,7 @@ def _destination_findings(settings: Settings, timeout: float, clock: Clock) -> l
     def check(name: str, url: str) -> None:
         label = name or redact_url(url)
         try:
-            checked = asyncio.run(_check_destination(url, settings))
+            checked = run_on_sink_loop(_check_destination(url, settings))
             results[name] = [DoctorFinding(ok, "destination", f"{label}: {message}") for ok, message in checked]
         except PillarboxError as error:
             results[name] = [failed("destination", f"{label}: {error}")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import shlex
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ from pillarbox.errors import ConfigurationError, SinkUnusableError
 from pillarbox.escaping import one_line
 from pillarbox.redaction import redact_text
 from pillarbox.sinks.base import is_loopback
+from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.store.os_filesystem import create_private_file, exists
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def publish(
         err.print(f"{server}: the token is sent over plain http, where the network can read it: use https")
     made = token is None
     if token is None:
-        _, token = asyncio.run(publish.new_identity(server.rstrip("/")))
+        _, token = run_on_sink_loop(publish.new_identity(server.rstrip("/")))
         create_private_file(token_file, token.file_content())
-    done = asyncio.run(publish.publish(server.rstrip("/"), database, token, replace=replace))
+    done = run_on_sink_loop(publish.publish(server.rstrip("/"), database, token, replace=replace))
     if json:
         print_json_line(done._asdict())
         return ExitCode.DONE

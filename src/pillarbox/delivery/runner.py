@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, read_heartbeat
+from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, State
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class ThreadRunner:
     def _run(self) -> None:
         while True:
             try:
-                asyncio.run(self._run_worker())
+                run_on_sink_loop(self._run_worker())
             except (asyncio.CancelledError, Exception, SystemExit) as error:
                 if isinstance(error, asyncio.CancelledError) and self._stopping.is_set():
                     return

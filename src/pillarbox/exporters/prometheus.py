@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.exporters.scrape_server import Response, ScrapeServer
+from pillarbox.sinks.event_loop import resolve_address
 from pillarbox.telemetry import DELIVERY_METRICS, FLUSH_BUCKETS_S, FLUSH_DURATION
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class PrometheusExporter:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._families)
         self._app = make_wsgi_app(registry)
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, address = resolve_address(host, port, kind=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         listener = socket.socket(family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

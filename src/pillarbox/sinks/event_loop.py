@@ -1,0 +1,154 @@
+"""The event loop that sinks run on: whatever blocks in it blocks a daemon thread, for which nothing waits at the end.
+
+asyncio resolves names, and runs the functions of `asyncio.to_thread`, in an executor. `asyncio.run` waits for its threads, and
+so does the interpreter at its exit. `getaddrinfo` cannot be interrupted and takes minutes if the name server does not answer.
+Here every such call has a daemon thread, and a name that is not resolved in time is an error that is retried.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections import deque
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, TypeVarTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+# For one name. Longer than the 5 s after which the system's resolver asks the next server, shorter than the time to connect.
+RESOLVE_TIMEOUT_S: Final = 8.0
+_LOOKUP_THREADS_MAX: Final = 16  # each with another name; further names wait
+_CALL_THREADS_MAX: Final = 32  # for `asyncio.to_thread` in sinks of other packages
+
+
+def run_on_sink_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that uses sinks: `asyncio.run`, except that calls that block are left behind at the end."""
+    with asyncio.Runner(loop_factory=SinkEventLoop) as runner:
+        return runner.run(main)
+
+
+def resolve_address(host: str, port: int, *, kind: int, flags: int) -> tuple[int, Any]:
+    """The family and the address of the first answer for a host. Raises `OSError`, also if there is no answer in time."""
+    lookup = DaemonExecutor("pillarbox-resolver", 1).submit(socket.getaddrinfo, host, port, type=kind, flags=flags)
+    try:
+        family, _, _, _, address = lookup.result(RESOLVE_TIMEOUT_S)[0]
+    except TimeoutError:
+        raise _unresolved(host) from None
+    return family, address
+
+
+class SinkEventLoop(asyncio.SelectorEventLoop):
+    """An event loop of asyncio whose blocking calls run on daemon threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = DaemonExecutor("pillarbox-sink-call", _CALL_THREADS_MAX)
+        self._resolver = DaemonExecutor("pillarbox-resolver", _LOOKUP_THREADS_MAX)
+        self._lookups: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # under way, by what is asked
+
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
+        """Run a function in an executor; by default, on a daemon thread."""
+        return super().run_in_executor(executor or self._calls, func, *args)
+
+    async def getaddrinfo(
+        self,
+        host: Any,
+        port: Any,
+        *,
+        family: int = 0,
+        type: int = 0,  # noqa: A002 - asyncio's
+        proto: int = 0,
+        flags: int = 0,
+    ) -> Any:
+        """Resolve a name; raises `socket.gaierror`, also if there is no answer in time."""
+        return await self._look_up(socket.getaddrinfo, host, port, family, type, proto, flags)
+
+    async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> Any:
+        """Find the name of an address; raises `socket.gaierror`, also if there is no answer in time."""
+        return await self._look_up(socket.getnameinfo, sockaddr, flags)
+
+    async def _look_up(self, function: Callable[..., Any], *query: Any) -> Any:
+        """Ask, or wait for the same question that is being asked already: an attempt that gave up may have left it behind."""
+        lookup = self._lookups.get((function, *query))
+        if lookup is None:
+            lookup = self._lookups[function, *query] = self.run_in_executor(self._resolver, function, *query)
+            lookup.add_done_callback(lambda done: self._end_lookup((function, *query), done))
+        done, _ = await asyncio.wait({lookup}, timeout=RESOLVE_TIMEOUT_S)
+        if not done:
+            raise _unresolved(query[0])
+        return lookup.result()
+
+    def close(self) -> None:
+        """Close the loop. What is still being resolved is left to its thread."""
+        for lookup in self._lookups.values():
+            lookup.cancel()  # or its thread would report to a loop that is closed
+        super().close()
+
+    def _end_lookup(self, query: tuple[Any, ...], lookup: asyncio.Future[Any]) -> None:
+        del self._lookups[query]
+        if not lookup.cancelled():
+            lookup.exception()  # retrieved, or asyncio would log it where nobody waits any more
+
+
+def _unresolved(host: object) -> socket.gaierror:
+    name = host.decode(errors="backslashreplace") if isinstance(host, bytes) else host
+    text = f"no name server has resolved {name} within {RESOLVE_TIMEOUT_S:g} s"
+    return socket.gaierror(socket.EAI_AGAIN, text)
+
+
+class _Call(NamedTuple):
+    future: Future[Any]
+    function: Callable[[], Any]
+
+
+class DaemonExecutor(Executor):
+    """Runs each call on a daemon thread, for which neither `asyncio.run` nor the exit of the interpreter waits."""
+
+    def __init__(self, thread_name: str, threads_max: int) -> None:
+        self._thread_name = thread_name
+        self._threads_max = threads_max
+        self._lock = threading.Lock()
+        self._waiting: deque[_Call] = deque()
+        self._threads = 0
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a function called as soon as a thread is free. Raises `RuntimeError` if there is no thread at all."""
+        future: Future[T] = Future()
+        call = _Call(future, lambda: fn(*args, **kwargs))
+        with self._lock:
+            self._waiting.append(call)
+            if self._threads >= self._threads_max:
+                return future
+            self._threads += 1
+        try:
+            threading.Thread(target=self._run_calls, name=self._thread_name, daemon=True).start()
+        except RuntimeError:  # the system has no thread to give: one that runs takes the call over
+            with self._lock:
+                self._threads -= 1
+                if not self._threads and call in self._waiting:
+                    self._waiting.remove(call)
+                    raise
+        return future
+
+    def _run_calls(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._threads -= 1
+                    return
+                call = self._waiting.popleft()
+            if not call.future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = call.function()
+            except BaseException as error:  # noqa: BLE001 - it is raised where the result is awaited
+                call.future.set_exception(error)
+            else:
+                call.future.set_result(result)
+            del call
