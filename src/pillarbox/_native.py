@@ -43,12 +43,12 @@ _TAIL_BYTES: Final = len(b',"crc":"00000000"}')
 
 
 def py_encode_record(payload: bytes) -> bytes:
-    """The record of a payload."""
+    """Make the record of a payload."""
     return RECORD_TEMPLATE % (payload, crc32(payload))
 
 
 def py_decode_record(line: bytes) -> bytes | None:
-    """The payload of a record without its line feed; None where it has not the shape that `encode_record` gives."""
+    """The payload of a record without its line feed; None if the record is not of the form that `encode_record` makes."""
     payload = line[_HEAD_BYTES:-_TAIL_BYTES]
     return payload if _WITHOUT_LINE_FEED % (payload, crc32(payload)) == line else None
 
@@ -56,7 +56,7 @@ def py_decode_record(line: bytes) -> bytes | None:
 def py_decode_records(
     data: bytes, offset: int, most: int, decode_record: Callable[[bytes], bytes | None], check: Callable[[bytes], object]
 ) -> tuple[list[bytes], int]:
-    """The payloads of up to `most` lines from an offset on, and where they end.
+    """The payloads of up to `most` lines from an offset on, and the offset at which they end.
 
     It stops at the first line that has no line feed, for which `decode_record` returns None, whose payload is not UTF-8, or for
     which `check` raises.
@@ -86,7 +86,7 @@ def py_encode_records(
     bytes_max: int,
     encode_other: Callable[[Any], bytes | Dropped],
 ) -> tuple[bytes, list[Dropped | None]]:
-    """The records of all events joined, and for each event None, or why it has no record.
+    """Join the records of all events; for each event, also return None or why it has no record.
 
     `encode_other` decides about an event that is not of `event_type`, does not encode, or has more than `bytes_max` bytes.
     """
@@ -145,7 +145,7 @@ def compile_enqueue(
     *,
     power: bool,
 ) -> E:
-    """`enqueue` itself, or a compiled function that does its simple case and leaves the others to it."""
+    """Return `enqueue` itself, or a compiled function that handles the simple case and calls `enqueue` for all others."""
     if not COMPILED:
         return enqueue
     compiled = speedups.Enqueue(writer, enqueue, encode, event_type, bytes_max, append_unstarted, write, ENQUEUED, power)
@@ -158,19 +158,19 @@ def compile_enqueue(
 
 
 class GroupMember(Protocol):
-    """Who waits for the outcome of whole lines that hold some events: a coroutine of a loop, or a thread, which has none."""
+    """A caller that waits for the outcome of its lines: a coroutine of an event loop, or a thread, which has no loop."""
 
     @property
     def lines(self) -> bytes:
-        """They are not changed."""
+        """The lines, which are never changed."""
 
     @property
     def events(self) -> int:
-        """One at least."""
+        """The number of events in the lines, at least one."""
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
-        """None for a thread."""
+        """The event loop of a coroutine; None for a thread."""
 
 
 M = TypeVar("M", bound=GroupMember)
@@ -206,14 +206,14 @@ class PyCommitFuture:
             self._callbacks.append((callback, context))
 
     def remove_done_callback(self, callback: Callback) -> int:
-        """As `asyncio.Future`; where a comparison raises, no callback is removed."""
+        """As `asyncio.Future`; if a comparison raises, no callback is removed."""
         equal = [pair for pair in self._callbacks[:] if pair[0] == callback]
         before = len(self._callbacks)
         self._callbacks = [pair for pair in self._callbacks if not any(pair is other for other in equal)]
         return before - len(self._callbacks)
 
     def cancel(self, msg: object = None) -> bool:
-        """Stop waiting; False where it is done."""
+        """Stop waiting; False if the future is done already."""
         if self.done():
             return False
         self._cancelled, self._message = True, msg
@@ -233,7 +233,7 @@ class PyCommitFuture:
         self.result()
 
     def done(self) -> bool:
-        """Whether it has its outcome, or is cancelled."""
+        """Whether it has an outcome or is cancelled."""
         return self._cancelled or self._outcome is not None
 
     def cancelled(self) -> bool:
@@ -241,7 +241,7 @@ class PyCommitFuture:
         return self._cancelled
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop on whose thread it waits."""
+        """The event loop of the coroutine that waits."""
         return self.loop
 
     def _resolve(self, outcome: Outcome) -> None:
@@ -262,7 +262,7 @@ class PyCommitFuture:
 
 
 def py_resolve_futures(futures: list[PyCommitFuture], outcome: Outcome) -> None:
-    """Give all of them the outcome, each in its context; those that have it leave the list, also where one of them raises."""
+    """Set the outcome of all futures, each in its context. Resolved ones leave the list, even if a callback raises."""
     resolved = 0
     try:
         for future in futures:
@@ -275,9 +275,10 @@ def py_resolve_futures(futures: list[PyCommitFuture], outcome: Outcome) -> None:
 def py_gather_group(
     queue: list[M], most: int, room_events: int, room_bytes: int
 ) -> tuple[list[M], bytes, int, asyncio.AbstractEventLoop | EllipsisType | None]:
-    """The first `most` entries of a queue that fit, one at least; their lines joined, their number of events, their loop.
+    """Gather the first entries of a queue that fit: at most `most`, at least one.
 
-    The loop is `...` where they have several. The queue stays as it is.
+    Returns the entries, their joined lines, their number of events, and their loop: `...` if they have several. The queue is
+    not changed.
     """
     entries = queue[: max(1, min(most, room_events))]  # each has an event at least
     events = [entry.events for entry in entries]

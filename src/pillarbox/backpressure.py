@@ -41,7 +41,7 @@ class RaiseWhenFull:
 
 
 class BlockWhenFull:
-    """Waits for room, up to `timeout_s` seconds, but never on the thread of an event loop. Only the last drop is counted."""
+    """Waits up to `timeout_s` seconds for room, but never on the thread of an event loop. Only the last drop is counted."""
 
     def __init__(self, writer: Writer, clock: Clock, timeout_s: float, is_in_hook: Callable[[], bool]) -> None:
         self._writer = writer
@@ -54,7 +54,7 @@ class BlockWhenFull:
         deadline = self._clock.monotonic() + self._timeout_s
         while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
             self._writer.uncount_drop(outcome.reason, events)
-            # This may be a signal handler that interrupted the thread which would make room. An event loop would stand still.
+            # The caller may be a signal handler that interrupted the thread which would make room, or block an event loop.
             if self._writer.is_locked_by_this_thread() or self._is_in_hook() or _is_on_event_loop():
                 return self._writer.drop("would_block", events)
             if self._clock.monotonic() >= deadline:

@@ -2,12 +2,12 @@
 
 **Reading** (`scan`, `locate`, `tail`, `export`, `status`) takes no lock, and creates, changes and deletes no file. Meanwhile
 files may be renamed, moved between queues, compressed or deleted. Two facts make reading reliable. An open file stays readable
-whatever becomes of its name, so active segments are held open and read on after they are sealed. A batch keeps its id from the
-seal on: as a sealed file, in the queues of several sinks, compressed, and as a delivered file. An event is identified by its
-file and its position in it.
+after its name is changed or deleted, so active segments are held open and read to their end after they are sealed. A batch
+keeps its id from the seal on: as a sealed file, in the queues of several sinks, compressed, and as a retained file. An event
+is identified by its file and its position in it.
 
 A directory listing may miss a file that is renamed at that moment; the next listing shows it. A batch that appears and is
-deleted between two listings is in no file any more; the ledger has its number of events, and `tail` reports it as a gap.
+deleted between two listings is never seen; the ledger has its number of events, and `tail` reports it as a gap.
 
 **Acting** (`changes`, `replay`, `quarantine`, `redelivery`) holds `mend.lock`, so that one command acts at a time. A replay or
 a repair changes several files at a time, in this order: enqueue the events under their own ids; once they are durable, write

@@ -20,9 +20,9 @@ BATCH_PENDING: Final = (
     "the batch is still pending, and its delivery worker may write this file again; try again once it is delivered"
 )
 
-_GROUP_FILES_MAX: Final = 100  # changed together: they share an fsync, and a kill repeats no more than these
-_PROBLEMS_MAX: Final = 1000  # kept in memory; all are counted
-_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # these say nothing about other events
+_GROUP_FILES_MAX: Final = 100  # files changed with one fsync; after a kill, at most these are changed again
+_PROBLEMS_MAX: Final = 1000  # problems held in memory; all are counted
+_PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # drops for these reasons say nothing about other events
 
 
 class Enqueuer(Protocol):
@@ -36,14 +36,14 @@ class BatchChange(NamedTuple):
     """A change to the files of one batch."""
 
     file: str
-    payloads: list[bytes]  # events to enqueue before
-    event_count: int  # events concerned, if there are no payloads
-    make_ledger_entry: Callable[[int], PurgedEntry | RepairedEntry | ReplayedEntry]  # from the number of events
-    apply: Callable[[set[int]], None]  # change the files, given which payloads were accepted; may raise `OSError`
+    payloads: list[bytes]  # events to enqueue before the files are changed
+    event_count: int  # number of events concerned, if there are no payloads
+    make_ledger_entry: Callable[[int], PurgedEntry | RepairedEntry | ReplayedEntry]  # makes the entry from the number of events
+    apply: Callable[[set[int]], None]  # changes the files, given the indexes of the accepted payloads; may raise `OSError`
 
 
 class ChangeReport:
-    """What was changed, or would be, and what was not."""
+    """What was changed or would be changed, and what was left unchanged."""
 
     def __init__(self) -> None:
         self.events = 0
@@ -55,17 +55,17 @@ class ChangeReport:
         self.ledger_behind = False  # the ledger could not be written, so it lacks these changes
 
     def add_problem(self, file: str, problem: str, line: int | None = None) -> None:
-        """Report something that was left as it is."""
+        """Report a file or line that was left unchanged."""
         self.add_problems(FileProblem(file, problem, line))
 
     def add_problems(self, *problems: FileProblem) -> None:
-        """Report several things that were left as they are."""
+        """Report several files or lines that were left unchanged."""
         self.problems_count += len(problems)
         self.problems += problems[: _PROBLEMS_MAX - len(self.problems)]
 
     @property
     def complete(self) -> bool:
-        """Whether everything that was asked for was done."""
+        """Whether every requested change was made."""
         return not (self.problems_count or self.drop_reason or self.interrupted or self.ledger_behind)
 
 
@@ -85,14 +85,14 @@ class ChangeExecutor:
     """Applies changes, whole files at a time.
 
     Args:
-        directory: Whose files are changed.
-        ledger: Of the same directory.
-        report: Gets what was done and what was not.
-        should_stop: Asked between groups of files; once it is true, no further group is started.
+        directory: The directory whose files are changed.
+        ledger: The ledger of the same directory.
+        report: Receives what was changed and what was not.
+        should_stop: Called between groups of files; once it returns True, no further group is started.
         on_progress: Called with the number of events of each changed file.
         enqueuer: Accepts the payloads; may be None if there are none.
-        durability: With which they are enqueued.
-        limits: Of one write.
+        durability: The durability with which the payloads are enqueued.
+        limits: The limits of one write.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class ChangeExecutor:
         return accepted
 
     def _write_chunks(self, group: list[BatchChange]) -> Iterator[list[tuple[int, int, bytes]]]:
-        """The payloads as (number of the change, index in its payloads, payload), in chunks of one write."""
+        """Yield the payloads as (number of the change, index in its payloads, payload), in chunks of one write."""
         chunk: list[tuple[int, int, bytes]] = []
         size = 0
         for number, change in enumerate(group):

@@ -31,9 +31,9 @@ class DeadLetterRecord(NamedTuple):
     """A dead letter, and its position in its file."""
 
     batch: str
-    line: int  # of the file, from 0
+    line: int  # number of the line in the file, from 0
     letter: DeadLetter
-    event_id: str | None  # None unless it is text or a number
+    event_id: str | None  # None unless the id is text or a number
     event_key: str | None
 
     @property
@@ -46,7 +46,7 @@ class DeadLetterFile(NamedTuple):
     """The content of a dead letter file."""
 
     batch: str
-    lines: list[bytes]  # all of them, with their line feeds
+    lines: list[bytes]  # all lines, with their line feeds
     records: list[DeadLetterRecord]
     problems: list[FileProblem]
 
@@ -56,10 +56,10 @@ class DeadLetterFile(NamedTuple):
 
 
 def partial_decoder(event_type: type[msgspec.Struct], fields: Sequence[str]) -> Callable[[bytes], Any]:
-    """A decoder of some fields of an event's JSON, of any type; a field that is missing decodes as None.
+    """Make a decoder of some fields of an event's JSON, whatever their types; a missing field decodes as None.
 
     Args:
-        event_type: Whose fields may have other names in JSON.
+        event_type: The event type, which may give fields other names in JSON.
         fields: Names of the fields in Python, and of the attributes of the result.
     """
     json_names = {field.name: field.encode_name for field in msgspec.structs.fields(event_type)}
@@ -76,7 +76,7 @@ class IdentityDecoder:
         self._decode = partial_decoder(event_type, ("event_id", "event_key"))
 
     def decode(self, payload: bytes) -> tuple[str | None, str | None]:
-        """(id, key) of an event's JSON; None for what is not text or a whole number."""
+        """Decode the id and the key of an event; None for a value that is neither text nor a whole number."""
         try:
             identity = self._decode(payload)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -85,7 +85,7 @@ class IdentityDecoder:
 
 
 def scalar_text(value: object) -> str | None:
-    """Text or a whole number as text; None for any other value."""
+    """Return text or a whole number as text; None for any other value."""
     return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
@@ -109,7 +109,7 @@ def parse(batch: str, data: bytes, identity_decoder: IdentityDecoder) -> DeadLet
 
 
 def read_files(directory: Directory, batches: Iterable[str], identity_decoder: IdentityDecoder) -> Iterator[DeadLetterFile]:
-    """The dead letter files of some batches, one in memory at a time. An unreadable file has only a problem."""
+    """Read the dead letter files of some batches, one at a time. An unreadable file yields only a problem."""
     for batch in batches:
         data = try_read_file(directory, layout.dead_name(batch))
         if isinstance(data, FileProblem):
@@ -119,7 +119,7 @@ def read_files(directory: Directory, batches: Iterable[str], identity_decoder: I
 
 
 def mask_values(reason: str) -> str:
-    """A reason without its values, so that `occurred_at: 17 is too small` and `occurred_at: 18 is too small` are the same."""
+    """Remove the values from a reason, so that `occurred_at: 17 is too small` and `occurred_at: 18 is too small` are equal."""
 
     def placeholder(match: re.Match[str]) -> str:
         return {"quoted": '"..."', "id": "...", "number": "N"}[match.lastgroup or "id"]

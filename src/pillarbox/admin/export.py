@@ -1,7 +1,7 @@
 """Exports the events of an outbox: each event that is stored throughout the export, exactly once.
 
-Files are read in the order in which events move, pending ones before what they may become. Events that were accepted meanwhile
-come last.
+Files are read in the order in which events move: pending files before those that they may become. Events that were accepted
+during the export come last.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class EventExporter:
         validator: ReplayValidator,
     ) -> None:
         self.problems: list[FileProblem] = []
-        self.vanished_batches = 0  # delivered or evicted before they were read
-        self.arrived_events = 0  # accepted meanwhile, and exported
+        self.vanished_batches = 0  # batches that were delivered or evicted before they were read
+        self.arrived_events = 0  # exported events that were accepted during the export
         self.unrecoverable_ranges = 0  # quarantined byte ranges without an event
         self._directory = directory
         self._clock = clock

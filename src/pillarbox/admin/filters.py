@@ -22,18 +22,18 @@ _decode = msgspec.json.Decoder().decode
 class RecordFilter(NamedTuple):
     """Selects dead letters, quarantined byte ranges and retained batches.
 
-    An empty field matches everything. Of several values of one field, one has to match; of several fields, all have to.
+    An empty field matches everything. If a field has several values, one of them must match; all fields must match.
     """
 
-    records: tuple[str, ...] = ()  # names: `<batch>#<index>`
-    batches: tuple[str, ...] = ()  # batch ids or their beginnings
-    reasons: tuple[str, ...] = ()  # parts of the reason
+    records: tuple[str, ...] = ()  # names of dead letters: `<batch>#<index>`
+    batches: tuple[str, ...] = ()  # batch ids or their prefixes
+    reasons: tuple[str, ...] = ()  # texts that the reason contains
     codes: tuple[str, ...] = ()
-    sinks: tuple[str, ...] = ()  # parts of the sink's URL
+    sinks: tuple[str, ...] = ()  # texts that the sink's URL contains
     event_keys: tuple[str, ...] = ()
     event_ids: tuple[str, ...] = ()
-    since_micros: int | None = None  # of the last attempt, the seal or the delivery
-    until_micros: int | None = None  # exclusive
+    since_micros: int | None = None  # inclusive; compared with the time of the last attempt, the seal or the delivery
+    until_micros: int | None = None  # exclusive; compared with the same time
 
     @property
     def matches_all(self) -> bool:
@@ -88,7 +88,7 @@ def parse_batch_id(text: str) -> str:
 
 
 class EventHeader(NamedTuple):
-    """The fields of an event that tables show; None for what is not text or a whole number."""
+    """The fields of an event that tables show; None for a value that is neither text nor a whole number."""
 
     event_id: str | None
     event_key: str | None
@@ -124,17 +124,17 @@ class EventHeaderDecoder:
 class EventFilter(NamedTuple):
     """Selects events.
 
-    An empty field matches everything. Of several values of one field, one has to match; of several fields, all have to.
+    An empty field matches everything. If a field has several values, one of them must match; all fields must match.
     """
 
     event_keys: tuple[str, ...] = ()
     event_ids: tuple[str, ...] = ()
     scopes: tuple[str, ...] = ()  # kind, or kind:id
     users: tuple[str, ...] = ()
-    texts: tuple[str, ...] = ()  # parts of the event's JSON
+    texts: tuple[str, ...] = ()  # texts that the event's JSON contains
     conditions: tuple[tuple[tuple[str, ...], str], ...] = ()  # (path, value as text), see `parse_conditions`
-    since_micros: int | None = None  # of the event's own time; if it has none, of the seal
-    until_micros: int | None = None  # exclusive
+    since_micros: int | None = None  # inclusive; compared with the event's own time, or the seal time if it has none
+    until_micros: int | None = None  # exclusive; compared with the same time
 
     def matches(self, payload: bytes, header: EventHeader, sealed_micros: int | None) -> bool:
         """Whether an event matches; `sealed_micros` is None while it is in an active segment."""
@@ -149,7 +149,7 @@ class EventFilter(NamedTuple):
         )
 
     def _matches_time(self, micros: int | None) -> bool:
-        if micros is None:  # in an active segment: as new as can be
+        if micros is None:  # an event in an active segment counts as new
             return self.until_micros is None
         return _in_period(micros, self.since_micros, self.until_micros)
 

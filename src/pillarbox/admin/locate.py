@@ -1,4 +1,4 @@
-"""Locates an event, a batch or a file: where it is now, as the files show, and what the ledgers tell of a batch."""
+"""Locates an event, a batch or a file: where it is now according to the files, and what the ledgers say about a batch."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class Locator:
     def find_event(self, event_id: str, on_progress: Callable[[int], None]) -> Iterator[EventLocation]:
         """Read every file and return each place where an event is; `on_progress` is called with numbers of bytes read."""
         encoded = msgspec.json.encode(event_id)[1:-1]
-        needle = encoded if encoded.isascii() else b""  # other text can be escaped in several ways, so it cannot be searched
+        needle = encoded if encoded.isascii() else b""  # JSON can escape other text in several ways: then decode every file
         by_batch = files_by_batch(self._files, ACCEPTED - ACTIVE)
         active = [[file] for file in self._files if file.kind in ACTIVE]
         for files in [*by_batch.values(), *active]:

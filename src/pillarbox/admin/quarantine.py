@@ -31,14 +31,14 @@ _HEAD: Final = re.compile(rb'\s*\{\s*"event"\s*:\s*')
 _CRC: Final = re.compile(rb'\s*,\s*"crc"\s*:\s*"([0-9a-f]{0,8})')
 _RECORD_START: Final = b'{"event":'
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
-_STARTS_MAX: Final = 100  # positions in one piece where a record may begin; a line that ran into the next one has two
+_STARTS_MAX: Final = 100  # positions in one piece where a record may begin; two lines that ran together have two
 _scan_json = json.JSONDecoder().raw_decode
 
 
 class QuarantinedRange(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A damaged byte range of a batch; once events were salvaged from it, also when and how many."""
+    """A damaged byte range of a batch; if events were salvaged from it, also when and how many."""
 
-    offset: int  # in the batch file
+    offset: int  # offset in the batch file, in bytes
     length: int
     reason: str
     repaired_at_micros: int | None = None
@@ -51,7 +51,7 @@ class QuarantinedBatch(NamedTuple):
     batch: str
     ranges: list[QuarantinedRange]
     pieces: list[bytes]  # the bytes of each range
-    problem: FileProblem | None  # the two files contradict each other: the bytes can be read but not repaired
+    problem: FileProblem | None  # why the two files contradict each other; then the bytes can be read but not repaired
     readable: bool = True
 
     @property
@@ -223,7 +223,7 @@ class RangeRepair(NamedTuple):
     """What a repair finds in one damaged byte range."""
 
     batch: str
-    number: int  # of the range in its batch, from 1
+    number: int  # number of the range in its batch, from 1
     range: QuarantinedRange
     salvage: SalvageResult
 
@@ -231,7 +231,7 @@ class RangeRepair(NamedTuple):
 class QuarantineRepairer:
     """Reads the quarantine of selected batches, and makes the changes to repair or purge it.
 
-    What has to stay is added to the report.
+    Ranges and batches that must stay are added to the report.
     """
 
     def __init__(self, directory: Directory, clock: Clock, record_filter: RecordFilter, report: ChangeReport) -> None:
@@ -315,7 +315,7 @@ class QuarantineRepairer:
         self._directory.write_atomically(layout.ranges_name(quarantined.batch), encode_ranges(ranges))
 
     def _remove_files(self, batch: str, _accepted: set[int]) -> None:
-        # The bytes first: a description without bytes is useless, but bytes without a description would be a riddle.
+        # The bytes are deleted first: a description without bytes does no harm, but bytes without one could not be explained.
         self._directory.remove(layout.corrupt_name(batch))
         self._directory.remove(layout.ranges_name(batch))
 

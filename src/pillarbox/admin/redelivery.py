@@ -30,7 +30,7 @@ _GROUP_FILES_MAX: Final = 100  # files that share an fsync and a write of the le
 class RetainedFile(NamedTuple):
     """A delivered batch that is retained."""
 
-    sink: str  # "" with a single sink
+    sink: str  # name of the sink that retained it; "" with a single sink
     name: str
     size: int  # bytes
 
@@ -48,14 +48,14 @@ class PendingLimits(NamedTuple):
 
 
 class Redelivery:
-    """Selects retained files and makes them pending. What has to stay is added to the report.
+    """Selects retained files and makes them pending. Files that must stay are added to the report.
 
     Args:
         directory: The outbox directory, whose limits count.
         queues: The directories of the retained files by sink name; with a single sink the outbox directory, under "".
-        clock: For the ledger.
+        clock: The clock for ledger entries.
         record_filter: Selects batches by id and by the time of their delivery.
-        report: Gets what was done and what was not.
+        report: Receives what was changed and what was not.
         on_file: Called with each file, its number of events, and its new batch id; None in a preview.
     """
 
@@ -97,8 +97,8 @@ class Redelivery:
         """Make the selected files pending, as far as the limits allow.
 
         Args:
-            limits: Of what may be pending.
-            should_stop: Asked between groups of files; once it is true, no further group is started.
+            limits: How much may be pending.
+            should_stop: Called between groups of files; once it returns True, no further group is started.
             on_progress: Called with the number of events of each file.
         """
         for queue in self._queues.values():
@@ -142,7 +142,7 @@ class Redelivery:
                 self._report.add_problem(file.name, f"left as is, renaming it failed: {error.strerror}")
                 continue
             if new_name is None:
-                continue  # deleted meanwhile: its retention time was over, or its space was needed
+                continue  # it was deleted meanwhile: its retention time was over, or its space was needed
             new_batch = layout.batch_id(new_name)
             entries.append(RedeliveredEntry(self._clock.micros(), new_batch, file.batch, events))
             self._add_to_report(file, events, new_batch)

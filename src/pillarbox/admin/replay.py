@@ -128,7 +128,7 @@ def with_fields(validator: ReplayValidator, payload: bytes, values: Mapping[str,
 class _EditableLine(msgspec.Struct):
     """A dead letter as a line in an editor."""
 
-    letter: str  # see `DeadLetterRecord.name`
+    letter: str  # name of the dead letter, `DeadLetterRecord.name`
     why: str
     event: msgspec.Raw
 
@@ -145,7 +145,7 @@ def to_editable_line(record: DeadLetterRecord) -> bytes:
 class EditedFile(NamedTuple):
     """The content of a file after editing."""
 
-    events: dict[str, bytes]  # by the names of their dead letters
+    events: dict[str, bytes]  # events by the names of their dead letters
     problems: list[tuple[int, str]]  # (line from 1, problem)
 
 
@@ -175,7 +175,7 @@ def unchanged_event(record: DeadLetterRecord) -> bytes:
 
 
 class DeadLetterReplayer:
-    """Makes the changes that replay or purge selected dead letters. What has to stay is added to the report."""
+    """Makes the changes that replay or purge selected dead letters. Those that must stay are added to the report."""
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class BatchListing(NamedTuple):
     """Batches that have dead letters or quarantined bytes, the oldest first, and those of them that are still pending."""
 
     batches: list[str]
-    pending: frozenset[str]  # their sealed file still exists
+    pending: frozenset[str]  # ids of those whose sealed file still exists
 
 
 def list_batches(directory: Directory, kind: Kind, matches: Callable[[str], bool] = lambda _batch: True) -> BatchListing:
@@ -172,7 +172,7 @@ def _read_bytes(directory: Directory, name: str) -> bytes:
 class ScannedLine(NamedTuple):
     """A line of a file: a record, damaged bytes, or both, where a record follows NUL bytes."""
 
-    offset: int  # of the line in the decompressed file
+    offset: int  # offset of the line in the decompressed file
     payload: bytes | None  # the event's JSON
     damage: DamagedRange | None
 

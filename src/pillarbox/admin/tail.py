@@ -37,19 +37,19 @@ PENDING: Final = ACTIVE | {Kind.SEALED}
 ACCEPTED: Final = PENDING | {Kind.DELIVERED}
 # Scans in which a segment whose name is gone may reappear as a batch. A listing during the rename may show neither name.
 _SEALED_NAME_SCANS_MAX: Final = 3
-_KNOWN_FOR_S: Final = 60.0  # a deleted batch is remembered for longer than any listing may still show it
-_UNSEEN_SCANS_MAX: Final = 5  # scans in which a batch that the ledger names has to appear
+_KNOWN_FOR_S: Final = 60.0  # longer than any listing may still show a deleted batch
+_UNSEEN_SCANS_MAX: Final = 5  # scans within which a batch that the ledger names must appear
 _LATE_ENTRY_MICROS: Final = 60_000_000  # ledger entries older than this belong to batches that were read
-_FILES_READ_MAX: Final = 1000  # segments read without their batch id, which the ledger tells within moments
+_FILES_READ_MAX: Final = 1000  # segments that were read before the ledger named their batch id
 
 
 class AcceptedEvent(NamedTuple):
     """An accepted event, and where it was when it was read."""
 
-    batch: str  # "" in an active segment
-    file: str  # relative to the outbox directory
-    offset: int  # of its line
-    writer: str  # "" if the file's name does not tell it
+    batch: str  # batch id; "" in an active segment
+    file: str  # path relative to the outbox directory
+    offset: int  # offset of the event's line
+    writer: str  # id of the writer; "" if the file's name does not tell
     payload: bytes
     header: EventHeader
 
@@ -142,7 +142,7 @@ class GapDetector:
 
 
 class _OpenSegment:
-    """An active segment that is held open, so that it can be read to its end whatever becomes of its name."""
+    """An active segment that is held open, so that it can be read to its end after it is renamed or deleted."""
 
     def __init__(self, file: FileRef, fd: int) -> None:
         self.file = file
@@ -150,7 +150,7 @@ class _OpenSegment:
         self.writer = layout.writer_of(file.name)
         self.path = file.directory.path_of(file.name)
         self.identity = open_file_identity(fd)
-        self.offset = 0  # of the first byte that was not read
+        self.offset = 0  # offset of the first byte that was not read
         self.scans_missing = 0  # since its name is gone
 
 
@@ -159,8 +159,8 @@ class Tailer:
 
     Args:
         directory: The outbox directory.
-        clock: For the memory of batches that were read.
-        header_decoder: Of the event type.
+        clock: Says for how long batches that were read are remembered.
+        header_decoder: Decodes the headers of events of the event type.
         event_filter: Which events to return.
         kinds: Which files to read.
     """
@@ -173,10 +173,10 @@ class Tailer:
         event_filter: EventFilter,
         kinds: frozenset[Kind] = ACCEPTED,
     ) -> None:
-        self.problems: list[FileProblem] = []  # the caller takes them out
+        self.problems: list[FileProblem] = []  # the caller removes the problems that it has reported
         self.listing_s = 0.0  # how long the last listing took
-        self.batches_read: set[str] = set()  # of the backlog
-        self.vanished_batches = 0  # deleted between listing and reading
+        self.batches_read: set[str] = set()  # ids of the batches in the backlog
+        self.vanished_batches = 0  # batches that were deleted between listing and reading
         self.damaged_lines = 0
         self.gap_detector = GapDetector(directory, clock)
         self._kinds = kinds
@@ -187,7 +187,7 @@ class Tailer:
         self._filter = event_filter
         self._known: dict[str, float] = {}  # batches that were read, and when they were last listed
         self._segments: dict[str, _OpenSegment] = {}  # by name
-        self._unlinked: list[_OpenSegment] = []  # their name is gone, and they have not reappeared as a batch yet
+        self._unlinked: list[_OpenSegment] = []  # segments whose name is gone and that have not reappeared as a batch yet
         self._reported: set[str] = set()  # files with a reported problem
 
     def close(self) -> None:
@@ -268,7 +268,7 @@ class Tailer:
             if name in names and self._filesystem.is_file_at(segment.fd, segment.path):
                 continue
             del self._segments[name]
-            # The name of a legacy segment is used again for the next one, so another file there is not a rewritten one.
+            # The older system uses the same name for each of its segments, so another file there is not a rewritten one.
             rewritten = file_identity(segment.path) if segment.file.kind is Kind.ACTIVE else None
             if rewritten is None:
                 self._unlinked.append(segment)

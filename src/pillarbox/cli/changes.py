@@ -1,4 +1,4 @@
-"""What the commands share that change dead letters, quarantine or retained batches."""
+"""Shared code of the commands that change dead letters, quarantine or retained batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.layout import Kind
 
-PROBLEMS_SHOWN_MAX: Final = 20  # problems that are printed one by one; all are counted
+PROBLEMS_SHOWN_MAX: Final = 20  # problems that are printed individually; all are counted
 
 
 class ChangeResult(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
-_COMPLETIONS_MAX: Final = 100  # more than anybody reads
+_COMPLETIONS_MAX: Final = 100  # longer lists do not help anybody
 _KINDS_BY_GROUP: Final = {"dead": {Kind.DEAD}, "quarantine": {Kind.CORRUPT}}
 
 

@@ -1,4 +1,4 @@
-"""What commands need before they start: settings, log lines, and the outbox directory."""
+"""The context of a command: settings, log output, and the outbox directory."""
 
 from __future__ import annotations
 

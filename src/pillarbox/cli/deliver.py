@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 _POLL_S: Final = 0.05
-_STOPPED_S: Final = 0.5  # how long a sink must be stopped to end --once: the others may be about to start
+_STOPPED_S: Final = 0.5  # --once ends after a sink was stopped for so long, which gives the other sinks time to start
 _STOP_TIMEOUT_S: Final = 10.0  # for the batch in flight when the command is interrupted
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pillarbox.settings import Settings
 
-_PROBLEMS_MAX: Final = 1000  # problems that are listed; all are counted
+_PROBLEMS_MAX: Final = 1000  # problems in the result; all are counted
 _PROGRESS_EVERY_LINES: Final = 100_000  # between two progress lines where there is no terminal
 _PER_EVENT_REASONS: Final = frozenset({"invalid", "filtered"})  # other events may still be accepted
 

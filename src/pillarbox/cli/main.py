@@ -1,4 +1,4 @@
-"""The application: which commands there are, and how they end."""
+"""The command-line application: registers the commands, and turns their results into exit codes."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _exit_code() -> int:
     except BrokenPipeError:
         discard_stdout()
         return ExitCode.DONE
-    except OSError as error:  # of the disk, at any step: the commands that know more about it say so themselves
+    except OSError as error:  # a disk error at any step; commands that know more about it report it themselves
         err.print(f"pillarbox: {describe_os_error(error)}", style="red")
         _give_up_stdout()
         return ExitCode.USAGE
@@ -132,7 +132,7 @@ def _exit_code() -> int:
 
 
 def _give_up_stdout() -> None:
-    """Write out what standard output still takes, so that the interpreter's exit does not fail on the rest."""
+    """Flush standard output as far as possible, so that the interpreter does not fail on it at exit."""
     try:
         flush_stdout()
     except OSError:

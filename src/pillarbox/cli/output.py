@@ -71,7 +71,7 @@ def print_json(value: object, *, to_stderr: bool = False) -> None:
 
 
 def print_json_line(value: object, *, to_stderr: bool = False) -> None:
-    """Print JSON as one line."""
+    """Print JSON on one line."""
     (sys.stderr if to_stderr else sys.stdout).write(_printable_json(_encode_json(value).decode()) + "\n")
 
 
@@ -93,7 +93,7 @@ def _escape_surrogates(value: Any) -> Any:
 
 
 def _printable_json(text: str) -> str:
-    """The same JSON with what a terminal might obey, or standard output cannot encode, written as an escape."""
+    """Escape characters in JSON that a terminal might obey or standard output cannot encode."""
     encodes_all = (sys.stdout.encoding or "utf-8").lower().replace("-", "").startswith("utf")
     if text.replace("\n", "").isprintable() and (encodes_all or text.isascii()):
         return text
@@ -133,7 +133,7 @@ def write_line(text: str, *, flush: bool = False) -> None:
 
 
 def write_id(text: str) -> None:
-    """Write an id for a program, which may act on it at once; on a terminal escaped, elsewhere as it is, but on one line."""
+    """Write an id on a line of its own and flush it, so that a program can act on it at once; on a terminal, escape it."""
     sys.stdout.write((one_line(text) if sys.stdout.isatty() else text.replace("\r", "\\r").replace("\n", "\\n")) + "\n")
     sys.stdout.flush()
 
@@ -165,12 +165,12 @@ def screen_console() -> Console:
 
 
 def print_usage_error(lines: str) -> None:
-    """Print what the parser of the options reports."""
+    """Print the message of the option parser."""
     err.print(*lines.splitlines(), sep="\n")
 
 
 def open_missing_streams() -> None:
-    """Replace standard streams that the caller has closed by the null device, and let what cannot be encoded be escaped."""
+    """Open the null device for standard streams that the caller has closed, and escape text that cannot be encoded."""
     if sys.stdout is None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stderr is None:

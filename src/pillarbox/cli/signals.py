@@ -1,4 +1,4 @@
-"""How commands react to SIGINT (Ctrl-C) and SIGTERM."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM in commands."""
 
 from __future__ import annotations
 

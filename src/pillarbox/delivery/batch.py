@@ -33,7 +33,7 @@ class DeadLetter(msgspec.Struct, frozen=True):
     code: str
     reason: str
     sink: str
-    index: int  # among the well-formed records of the batch, from 0
+    index: int  # position among the well-formed records of the batch, from 0
     attempts: int
     first_at_micros: int
     last_at_micros: int
