@@ -51,7 +51,7 @@ class BatchFile:
         self.payloads: Sequence[bytes] = contents.payloads
         self.records = len(contents.payloads)
         self.damaged_ranges = contents.damaged
-        self.data = data if contents.damaged else b""  # quarantine copies from it
+        self.data = data if contents.damaged else b""  # source of the bytes that are quarantined
         self.plain_bytes = len(data)
         self.stored_bytes = stored_bytes  # on disk, where it may be compressed
         self.started_s = started_s  # monotonic
@@ -76,7 +76,7 @@ class SendRequest:
         self.batch = Batch(first.batch_id + suffix, payloads, yield_gil=yield_gil)
         self.records = len(payloads)
         self.history = history._replace(first_at_micros=history.first_at_micros or now_micros)
-        self.accepted_since_rejection = accepted_since_rejection  # by the destination, since it rejected this as a whole
+        self.accepted_since_rejection = accepted_since_rejection  # another batch, since this one was wholly rejected
 
     def close_files(self, filesystem: Filesystem) -> None:
         """Release the locks; the files are fetched and sent again."""
@@ -85,14 +85,14 @@ class SendRequest:
 
 
 class SendResult:
-    """What the destination said of each record of a request. The sender fills it, part by part."""
+    """The destination's answer for each record of a request. The sender fills it in, part by part."""
 
     def __init__(self, request: SendRequest) -> None:
-        self.verdict: Verdict | None = None  # None: the worker was told to end first
+        self.verdict: Verdict | None = None  # None if the worker had to end first
         self.accepted = 0
         self.duplicates = 0
-        self.rejected: dict[int, tuple[Rejection, int]] = {}  # by index among all records: why, and after how many attempts
-        self.rejected_calls = 0  # in a row
+        self.rejected: dict[int, tuple[Rejection, int]] = {}  # by index among all records; with the number of attempts
+        self.rejected_calls = 0  # consecutive calls that were rejected
         self.attempts = request.history.attempts
         self.failing_since = request.history.failing_since
         self._request = request
@@ -153,7 +153,7 @@ class SendResult:
 
 
 class DeliveredFile(NamedTuple):
-    """A batch file and what the destination said of its records."""
+    """A batch file and the destination's answer for its records."""
 
     file: BatchFile
     accepted: int
@@ -176,5 +176,5 @@ class SentBatch:
 
 
 def _printable(text: object) -> str:
-    """Text that can be encoded, whatever a destination or a sink has put into it."""
+    """Make text encodable, whatever a destination or a sink has put into it."""
     return str(text).encode(errors="backslashreplace").decode()

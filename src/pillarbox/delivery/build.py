@@ -1,4 +1,4 @@
-"""Builds what the settings say of delivery: sinks, and the runner that an outbox or `pillarbox deliver` starts."""
+"""Builds the sinks and the runner that the settings describe, for an outbox or for `pillarbox deliver`."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 PLAIN_FILES_AT_HEAD: Final = 8  # the oldest batches are not compressed
-COMPRESSED_RATIO_MAX: Final = 0.9  # of the plain size; a batch that compresses less stays plain
-_LIST_INTERVAL_S: Final = 1.0  # at least, between two listings of the directory
+COMPRESSED_RATIO_MAX: Final = 0.9  # share of the plain size; a batch that does not become smaller than this stays plain
+_LIST_INTERVAL_S: Final = 1.0  # shortest time between two listings of the directory
 _LIST_TIME_FACTOR: Final = 20  # listing may take a twentieth of the time
-_RETRY_AFTER_ERROR_S: Final = 30.0  # after an I/O error
+_RETRY_AFTER_ERROR_S: Final = 30.0  # pause after an I/O error
 
 
 class Compactor:
@@ -47,8 +47,8 @@ class Compactor:
         self._after_s = after_s
         self._in_use = in_use
         self._on_bytes_saved = on_bytes_saved
-        self._due_names: list[str] = []  # the next one last
-        self._incompressible: set[str] = set()  # too large, or not worth it
+        self._due_names: list[str] = []  # the next one to compress is the last
+        self._incompressible: set[str] = set()  # batches that are too large, or do not become smaller
         self._not_before = 0.0
         self._problem = ""
 
@@ -81,7 +81,7 @@ class Compactor:
             name = self._due_names.pop()
             try:
                 locked_file = None if self._in_use(name) else self._directory.lock_existing(name, exclusive=True)
-            except FileUnusableError:  # delivery reports it
+            except FileUnusableError:  # delivery reports an unusable file
                 continue
             if locked_file is None:
                 continue
@@ -93,7 +93,7 @@ class Compactor:
         return False
 
     def _list_due(self) -> None:
-        """Find the batches that have waited long enough."""
+        """List the batches that have waited long enough."""
         names = self._directory.batch_names()
         self._incompressible &= set(names)
         before = self._clock.micros() - int(self._after_s * 1e6)

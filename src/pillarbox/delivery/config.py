@@ -1,4 +1,4 @@
-"""What an operator may set of delivery. `Settings` builds a `DeliveryConfig` from its values; every bound has a field here.
+"""The configuration of delivery. `Settings` builds a `DeliveryConfig` from its values; every bound has a field here.
 
 The backoff is "full jitter": a uniform share of an exponentially growing bound. It spreads many waiting clients best (M.
 Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
@@ -27,7 +27,7 @@ class Backoff(NamedTuple):
 
 
 class SettlementLimits(NamedTuple):
-    """How many bytes of dead letters, damaged data and delivered batches are kept, and what happens beyond that."""
+    """Limits of dead letters, quarantine and retained batches, and what happens when they are reached."""
 
     max_dead_bytes: int = 64 * 2**20
     max_quarantine_bytes: int = 64 * 2**20
@@ -43,15 +43,15 @@ class DeliveryConfig(NamedTuple):
     """The settings of one delivery worker. Times in seconds."""
 
     poll_interval_s: float = 1.0  # between two scans of an idle directory
-    retry_after_max_s: float = 3600.0  # of a destination that asks for a longer pause, this much is waited
+    retry_after_max_s: float = 3600.0  # a longer pause that a destination asks for is cut to this
     recheck_s: float = 15.0  # between two attempts at a destination that is set up wrongly
     backoff: Backoff = Backoff()
-    stop_after_rejected_batches: int = 3  # wholly rejected, in a row; 0: never stop, and every rejection is final
+    stop_after_rejected_batches: int = 3  # consecutive wholly rejected batches; 0: never stop, and every rejection is final
     max_age_s: float | None = None  # a batch that still fails at this age becomes dead letters; None: never
     max_in_flight: int = 1  # requests at a time, if the sink allows several
     call_timeout_s: float = 60.0  # a call to a sink that takes longer is cancelled and retried
     pacing: PacingConfig = PacingConfig()
     page_files: int = 16_384  # listed at a time, 2 MiB of names; each further page lists the directory again
-    live_share: float = 0.0  # of the batches sent while a backlog waits: those sealed since the drain began
+    live_share: float = 0.0  # share of new batches, sealed since the drain began, among those sent while a backlog waits
     compress_after_s: float | None = None  # a batch that has waited for so long is compressed; None: never
     limits: SettlementLimits = DEFAULT_LIMITS

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-RECHECK_S: Final = 0.01  # before a sink that could not confirm anything yet is asked again
-UNCONFIRMED_FILES_MAX: Final = 512  # if files are combined; otherwise the sink's window is the limit
+RECHECK_S: Final = 0.01  # pause before a sink that could not confirm anything yet is asked again
+UNCONFIRMED_FILES_MAX: Final = 512  # limit if files are combined; otherwise the sink's window is the limit
 
 
 class Confirmer:
@@ -45,10 +45,10 @@ class Confirmer:
         self._unconfirmed_files = 0
         self._confirm_task: asyncio.Task[None] | None = None
         self._problem: Misconfigured | Retry | None = None
-        self.failures = 0  # confirmations in a row
+        self.failures = 0  # consecutive failed confirmations
 
     def start_loop(self) -> None:
-        """Begin anew, on the event loop that runs now."""
+        """Reset the state for the event loop that runs now."""
         self._room_free = asyncio.Event()
 
     def stop_asking(self) -> None:
@@ -57,7 +57,7 @@ class Confirmer:
             self._confirm_task.cancel()
 
     def drop_unconfirmed(self) -> None:
-        """Release all unconfirmed batches: they are sent again."""
+        """Release all unconfirmed batches, so that they are sent again."""
         for sent in self._unconfirmed:
             sent.close_files(self._filesystem)
         self._unconfirmed.clear()
@@ -80,7 +80,7 @@ class Confirmer:
         self._ensure_asking()
 
     async def wait_for_room(self, window: int) -> Misconfigured | Retry | None:
-        """Wait until fewer batches than `window` are unconfirmed; the problem, if some must be sent again."""
+        """Wait until fewer than `window` batches are unconfirmed; return the problem if some must be sent again."""
         files_max = max(window, UNCONFIRMED_FILES_MAX // self._config.max_in_flight)
         while len(self._unconfirmed) >= window or self._unconfirmed_files >= files_max:
             self._ensure_asking()
@@ -132,7 +132,7 @@ class Confirmer:
         log.warning("%s: %s not confirmed and will be sent again: %s", self._sink_name, batches, problem.reason)
 
     async def _ask_sink(self, group: list[SentBatch]) -> tuple[int, Misconfigured | Retry | None]:
-        """How many of these batches, from the first, are confirmed; or what is wrong."""
+        """Ask how many of these batches, counted from the first, are confirmed; return the number or the problem."""
         try:
             async with asyncio.timeout(self._config.call_timeout_s):
                 confirmed = await self._sink.confirm([sent.batch for sent in group])

@@ -1,4 +1,4 @@
-"""What all parts of one worker share: where batches come from, where they go, and how that is reported."""
+"""What the parts of one worker share: the directory, the sink, the configuration, and the reporting."""
 
 from __future__ import annotations
 

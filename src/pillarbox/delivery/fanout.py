@@ -5,13 +5,13 @@ ledgers; then the name in the outbox directory is deleted, and only that makes t
 process is killed before that, everything is done again and finds the same names; afterwards nothing is left to do. So no sink
 misses a batch, and none that has settled a batch gets it again.
 
-A queue that is being made is called `sink-<name>.adding` until it holds all that it is to begin with. The first queues of a
-directory begin with all that waits. Later ones begin with what is sealed from then on, unless somebody asks for the backlog
+A queue that is being made is called `sink-<name>.adding` until it is complete. The first queues of a directory start with all
+pending batches. A later queue starts with the batches that are sealed from then on, unless the backlog was requested for it
 (`Directory.request_queue`).
 
-`FanOutRunner` does so in a thread, and runs a worker for each sink. Each sink has a lease of its own, in its queue, so another
+`FanOutRunner` runs `FanOut` in a thread, and a worker for each sink. Each sink has a lease of its own, in its queue, so another
 process may deliver it. The process that holds the lease of the outbox directory fans out; as long as it does, no other process
-takes the directory's batches for a single sink.
+delivers the directory's batches to a single sink.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-GROUP_MAX_FILES: Final = 64  # fanned out together: each holds a descriptor, and the same syncs serve them all
-_LOCK_WAIT_S: Final = 1.0  # to wait for a file that another process has locked, before those behind it go ahead
+GROUP_MAX_FILES: Final = 64  # files fanned out together: each holds a descriptor, and they share their syncs
+_LOCK_WAIT_S: Final = 1.0  # how long to wait for a file that another process has locked, before later files go ahead
 _TAKEOVER_POLL_S: Final = 0.5  # between two attempts to acquire the lease
 _SETTLEMENT_POLL_S: Final = 0.01  # between two checks whether a file was settled
 _LOCKED_RETRY_S: Final = 0.05  # before a locked file is tried again
 
 
 class _LinkedFile(NamedTuple):
-    """A batch file that has a link in each queue, and what is in it."""
+    """A batch file that has a link in each queue, and the counts of its content."""
 
     locked_file: LockedFile
     records: int
@@ -95,16 +95,16 @@ class FanOut:
         return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self.clock))
 
     def distribute_all(self) -> int:
-        """Fan out everything that waits; how many files. Raises `OSError`."""
+        """Fan out all pending batches and return how many files that were. Raises `OSError`."""
         return sum(self.distribute())
 
     def distribute(self) -> Iterator[int]:
-        """Make the missing queues and fan out what waits, group by group. Raises `OSError`.
+        """Make the missing queues and fan out the pending batches, group by group. Raises `OSError`.
 
         Yields the number of files of each group. The caller may stop after any group.
 
-        Every existing queue gets the batches, also one whose sink this process does not know: a sink left out by mistake must
-        not miss any.
+        Every existing queue gets the batches, even if this process does not know its sink: a sink that was left out by mistake
+        must not miss any.
         """
         if not self._is_prepared:  # a process that made or removed queues may have died before that was durable, or complete
             self.directory.filesystem.sync_directory(self.directory.path)
@@ -119,7 +119,7 @@ class FanOut:
         if queues:
             yield from self._distribute_to(queues)
         for sink in missing:
-            self.directory.queue(sink).ensure_usable()  # batches sealed before are not for this sink
+            self.directory.queue(sink).ensure_usable()  # batches that were sealed earlier are not for this sink
 
     def _finish_adding(self, missing: Sequence[str], *, first: bool) -> None:
         """Make the queues that begin with what waits: the first ones of a directory, and those for which that was requested."""
@@ -153,7 +153,7 @@ class FanOut:
                 break
 
     def _distribute_group(self, names: Sequence[str], queues: Sequence[Directory]) -> tuple[int, bool]:
-        """Fan out a group; how many files, and whether those behind it may follow."""
+        """Fan out a group; return the number of files, and whether later groups may follow."""
         linked: list[_LinkedFile] = []
         may_follow = True
         # First: a power loss must not undo the sealing of a file that is fanned out. It would be recovered as another batch.
@@ -177,7 +177,7 @@ class FanOut:
         return len(linked), may_follow
 
     def _link_file(self, name: str, queues: Sequence[Directory], linked: list[_LinkedFile]) -> bool:
-        """Lock, read and link one file; False if its turn comes before the others' and another process has locked it."""
+        """Lock, read and link one file; False if another process has locked it and later files must wait for it."""
         try:
             locked_file = self.directory.lock_existing(name)
         except FileUnusableError as error:
@@ -217,7 +217,7 @@ class FanOut:
             yield_gil()
 
     def _write_ledgers(self, linked: Sequence[_LinkedFile], queues: Sequence[Directory]) -> None:
-        """Enter the files into each queue's ledger, then into the directory's. On a full disk the files go ahead."""
+        """Write the files into each queue's ledger, then into the directory's. On a full disk, go on without the entries."""
         now = self.clock.micros()
         for queue in queues:
             ledger = self.ledger_for(queue)
@@ -277,7 +277,7 @@ class FanOutRunner:
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
 
     def start(self) -> None:
-        """Begin to fan out and to deliver."""
+        """Start to fan out and to deliver."""
         self._thread.start()
 
     def notify(self) -> None:
@@ -285,7 +285,7 @@ class FanOutRunner:
         self._work.set()
 
     def stop(self, timeout: float) -> bool:
-        """Fan out and deliver what can be without waiting, and end; what takes longer than `timeout` seconds stays on disk."""
+        """Fan out and deliver what needs no waiting, then end; after `timeout` seconds the rest stays on disk."""
         deadline = self._clock.monotonic() + timeout
         self._fan_out_until = deadline - timeout / 2  # the other half is for delivery
         self._stopping.set()
@@ -303,7 +303,7 @@ class FanOutRunner:
         return all(ended)
 
     def sinks(self) -> dict[str, SinkStats]:
-        """The stats of each sink. A problem with fanning out is every sink's."""
+        """The stats of each sink. A problem with fanning out is reported for every sink."""
         stats: dict[str, SinkStats] = {}
         for sink in self._display_names:
             runner = self._runners.get(sink)
@@ -327,7 +327,7 @@ class FanOutRunner:
             return False
 
     def is_stopped(self) -> bool:
-        """Whether nothing is delivered until somebody fixes a set-up: each sink is stopped, or has nothing to deliver."""
+        """Whether somebody must fix the configuration first: each sink is stopped, or has nothing to deliver."""
         runners = [self._runners.get(sink) for sink in self._display_names]
         stopped = [runner is not None and runner.is_stopped() for runner in runners]
         return (
@@ -370,7 +370,7 @@ class FanOutRunner:
             self._start_runners()
         except (OSError, FileUnusableError, DirectoryUnusableError) as error:
             problem = f"not fanned out: {error}"
-        except Exception as error:  # a defect must not end this thread: nothing would be delivered any more
+        except Exception as error:  # a defect must not end this thread, which would end delivery
             log.exception("%s: a defect in Pillarbox while fanning out", self._directory.path)
             problem = f"not fanned out: a defect in Pillarbox: {error}"
         self._log_problem(problem)
@@ -378,7 +378,7 @@ class FanOutRunner:
         return wait_s
 
     def _deliver_group(self) -> bool:
-        """Have a group of files delivered that was fanned out; whether to fan out another."""
+        """Notify the workers of a group that was fanned out; return whether to fan out another."""
         self._start_runners()
         for runner in self._runners.values():
             runner.notify()
@@ -397,13 +397,13 @@ class FanOutRunner:
         )
 
     def _start_runners(self) -> None:
-        """Start a thread for each sink whose queue exists, whichever process has made it."""
+        """Start a thread for each sink whose queue exists, whichever process made it."""
         for queue in self._directory.queues() if len(self._runners) < len(self._display_names) else ():
             if queue.sink in self._display_names and queue.sink not in self._runners:
                 runner = ThreadRunner(self._build_worker(queue))
                 try:
                     runner.start()
-                except RuntimeError as error:  # the system has no thread to give; the next round tries again
+                except RuntimeError as error:  # no thread could be started; the next round tries again
                     raise OSError(errno.EAGAIN, f"{queue.sink}: {error}") from None
                 self._runners[queue.sink] = runner
 

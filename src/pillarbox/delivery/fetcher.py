@@ -1,12 +1,12 @@
-"""Lists the batches that wait, decides their order, and locks and reads them.
+"""Lists the pending batches, decides their order, and locks and reads them.
 
 `BatchLister` lists a directory a page at a time, `Scheduler` decides which batch goes next, and `Fetcher` reads it and makes a
 `SendRequest` of it. One request is prefetched while another is in flight.
 
-A page is listed twice when a scan begins, with a sync of the names in between. Without the sync, a name that a power loss takes
-away would come back as another batch. Without the second listing, a batch could be overtaken: a listing may miss a name that is
-given while it runs and show one that is given later, but the second one shows every name given before the last name of the
-first. No page goes beyond that name; later names are for the next scan.
+When a scan begins, a page is listed twice, with a sync of the names in between. Without the sync, a batch whose name a power
+loss removes would come back under another name. Without the second listing, a batch could be overtaken: a listing may miss a
+name that is created while it runs and show one that is created later, but the second listing shows every name that was created
+before the last name of the first listing. No page goes beyond that name; later names are for the next scan.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-COMBINED_RECORDS_MAX: Final = 500  # of small files in one request, if the sink combines files: as many as a full file has
+COMBINED_RECORDS_MAX: Final = 500  # records in one request of several small files: as many as a full file has
 COMBINED_BYTES_MAX: Final = 1_000_000
-COMBINED_FILES_MAX: Final = 64  # each holds a descriptor
-OPEN_FILES_MAX: Final = 256  # of all requests in flight and the prefetched one
-_LOCK_WAIT_S: Final = 1.0  # to wait for a file that another process has locked, before the next one is sent
+COMBINED_FILES_MAX: Final = 64  # files in such a request: each holds a descriptor
+OPEN_FILES_MAX: Final = 256  # files in all requests in flight and the prefetched one
+_LOCK_WAIT_S: Final = 1.0  # how long to wait for a file that another process has locked, before the next one is sent
 _LIST_TIME_FACTOR: Final = 9  # listing in the middle of a drain may take a tenth of the time
 _NO_NAME: Final = ""  # sorts before each name
 
@@ -66,14 +66,14 @@ class BatchLister:
         return bool(self._next_start)
 
     def list_first_page(self, *, everything: bool) -> list[str]:
-        """Begin a scan: the first page of names, or all of them. Raises `OSError`."""
+        """Start a scan and return the first page of names, or all of them. Raises `OSError`."""
         self.reset()
         self._lists_all = everything
         self._end = self._list_names(0).last
         return self.list_next_page() if self._end else []
 
     def list_next_page(self) -> list[str]:
-        """The next page of names. Raises `OSError`; then the same page is still the next."""
+        """Return the next page of names. Raises `OSError`; the next call then tries the same page again."""
         self._sync_names()
         page = self._list_names(self._page_files, self._next_start)
         self._page_start, self._next_start = self._next_start, page.next_after
@@ -96,18 +96,18 @@ class BatchLister:
 
 
 class Scheduler:
-    """Decides which batch goes next: the oldest, or by a settable share one that was sealed since the drain began. Pure.
+    """Decides which batch goes next: the oldest, or for a part of the sends one that was sealed since the drain began. Pure.
 
-    Names sort by age. What waits when a drain begins is the backlog; batches sealed from then on are live. Each of the two is
-    first in, first out. While both wait, `live_share` of the batches that go are live ones, evenly spread. With 0, all go in
-    the order in which they are given.
+    Names sort by age. The batches that are pending when a drain begins are the backlog; those sealed from then on are live.
+    Each of the two is first in, first out. While both have batches, `live_share` of the batches that are sent are live ones,
+    evenly spread. With 0, all are sent in the order in which they were scheduled.
     """
 
     def __init__(self, live_share: float = 0.0) -> None:
         self._live_share = live_share
         self._backlog: deque[str] = deque()
         self._live: deque[str] = deque()
-        self._live_credit = 0.0  # batches that live ones are behind their share
+        self._live_credit = 0.0  # number of batches by which the live ones are behind their share
         self._newest = _NO_NAME  # of all names given so far
         self._newest_backlog = _NO_NAME
 
@@ -128,7 +128,7 @@ class Scheduler:
         self.clear()
         self._newest = names[-1] if names else self._newest
         if not names or min(names) > self._newest_backlog:
-            self._newest_backlog = self._newest  # the old backlog is delivered: these are the next one
+            self._newest_backlog = self._newest  # the old backlog is delivered, and these names are the next one
         self._add(names)
 
     def schedule_in_order(self, names: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class Scheduler:
         self._backlog.extend(names)
 
     def add_live(self, names: Sequence[str]) -> None:
-        """Add those of all waiting names that were sealed since the last listing."""
+        """Add the batches among `names` that were sealed since the last listing."""
         new_names = [name for name in names if name > self._newest]
         self._newest = new_names[-1] if new_names else self._newest
         if self._newest_backlog == _NO_NAME:
@@ -187,7 +187,7 @@ class Fetcher:
         self._lister = BatchLister(context.directory, settler.sync_names, context.config.page_files)
         self._scheduler = Scheduler(context.config.live_share)
         self._prefetched: SendRequest | None = None
-        self._carried_over: BatchFile | None = None  # read, and too large for the request before it
+        self._carried_over: BatchFile | None = None  # a file that was read and is too large for the request before it
         self._lines_since_yield = 0
         self._locked_since: dict[str, float] = {}  # files that another process has locked, and since when
         self._listed_at = self._list_after = 0.0  # monotonic seconds
@@ -214,7 +214,7 @@ class Fetcher:
 
     def schedule_first_page(self, unconfirmed: set[str]) -> None:
         """Begin a scan and schedule what it finds, except for unconfirmed batches. Raises `OSError`, `FileUnusableError`."""
-        # An order other than that of the names is only possible if all of them are known.
+        # Any other order than that of the names requires that all of them are known.
         everything = self._poison_tracker.has_deferred or self._config.live_share > 0
         self._schedule(self._lister.list_first_page(everything=everything), unconfirmed)
 
@@ -229,7 +229,7 @@ class Fetcher:
         return self.has_more
 
     def schedule_live(self, work: asyncio.Event) -> None:
-        """In the middle of a drain, schedule the batches sealed meanwhile, if they have a share.
+        """In the middle of a drain, schedule the batches that were sealed meanwhile, if `live_share` is not 0.
 
         Clears `work`, which is set when there may be new ones. A tenth of the time at most goes into listing.
         """
@@ -304,7 +304,7 @@ class Fetcher:
                     self._sink.prepare(self._prefetched.batch)
 
     def waits_for_lock(self) -> bool:
-        """Whether to wait for a file that another process has locked, because its turn comes before the others'."""
+        """Whether to wait for a file that another process has locked, because later files must not overtake it."""
         now = self._clock.monotonic()
         return any(now - since < _LOCK_WAIT_S for since in self._locked_since.values())
 
@@ -389,7 +389,7 @@ class Fetcher:
         return file
 
     def _yield_hook(self, name: str, data: bytes) -> Callable[[], None]:
-        """What the reader calls every so many lines; does nothing for small files until together they have as many."""
+        """The function that the reader calls after a number of lines; for small files it counts their lines together."""
         self._lines_since_yield += data.count(b"\n") + 1
         if self._lines_since_yield < YIELD_EVERY_RECORDS and not name.endswith(layout.COMPRESSED_SUFFIX):
             return _no_yield
@@ -397,7 +397,7 @@ class Fetcher:
         return self._yield_gil_if_busy
 
     def _yield_gil_if_busy(self) -> None:
-        # Some 60 us each time, because the kernel rounds the shortest sleep up: not if nobody waits for the GIL.
+        # A yield takes some 60 us, because the kernel rounds the shortest sleep up, so only while somebody waits for the GIL.
         if self._is_busy():
             yield_gil()
 

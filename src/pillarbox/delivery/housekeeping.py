@@ -1,6 +1,6 @@
-"""What a worker does while it waits: it settles what is due, writes the heartbeat, compresses and prefetches.
+"""What a worker does while it waits: it settles due batches, writes the heartbeat, compresses and prefetches.
 
-The worker, the sender and the confirmer wait through one `Housekeeping`. It is also what tells them that the worker must end.
+The worker, the sender and the confirmer wait through one `Housekeeping`, which also tells them that the worker must end.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Housekeeping:
         self.end = asyncio.Event()
 
     def start_loop(self) -> None:
-        """Begin anew, on the event loop that runs now."""
+        """Reset the state for the event loop that runs now."""
         self.end = asyncio.Event()
 
     async def wait(self, seconds: float, until: asyncio.Event | None = None) -> bool:
-        """Wait for `seconds` or for an event, and do what is due meanwhile.
+        """Wait for `seconds` or for an event, and do the housekeeping that is due meanwhile.
 
         Returns:
             False if the worker must end. Not if the event is set too: batches sealed just before the end can be delivered
@@ -63,15 +63,15 @@ class Housekeeping:
         return not self.end.is_set() or (until is not self.end and until.is_set())
 
     def during_call(self) -> None:
-        """While a request is in flight: settle what is due, and read and prepare the next request."""
+        """While a request is in flight: settle due batches, and read and prepare the next request."""
         self._settler.flush_if_due()
         self._status.heartbeat()
-        if self._status.state.name in ("waiting", "stopped"):  # until something is accepted, this call may hang like the last
+        if self._status.state.name in ("waiting", "stopped"):  # this call may hang like the last one
             self._compress_one()
         self._fetcher.prefetch()
 
     def while_unconfirmed(self) -> None:
-        """While the window of unconfirmed batches is full: settle all that can be."""
+        """While the window of unconfirmed batches is full: settle all confirmed ones."""
         self._settler.flush_group()
         self._status.heartbeat()
 
@@ -81,5 +81,5 @@ class Housekeeping:
             return math.inf
         done, next_s = self._compactor.compress_next()
         if done:
-            self._fetcher.drop_pending()  # it may know the batch by its old name
+            self._fetcher.drop_pending()  # a prefetched request may have the batch under its old name
         return next_s

@@ -1,4 +1,4 @@
-"""One process delivers at a time: the lock that says which one, and the heartbeat in it that says how delivery is going."""
+"""The lease: a lock by which one process delivers at a time, and the heartbeat in the lock file that shows its state."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 STANDBY_REASON: Final = "another process delivers this directory"  # the reason of state `standby`
 HEARTBEAT_INTERVAL_S: Final = 1.0
-HEARTBEAT_STALE_AFTER_S: Final = 10.0  # the process that wrote an older one is gone, or hangs
-_HEARTBEAT_BYTES_MAX: Final = 64 * 1024  # no more of the file is read; somebody may have made it large
-_READ_ATTEMPTS: Final = 3  # one that cannot be decoded may be being written
+HEARTBEAT_STALE_AFTER_S: Final = 10.0  # the process that wrote an older heartbeat is gone or hangs
+_HEARTBEAT_BYTES_MAX: Final = 64 * 1024  # bytes of the file that are read at most, because somebody may have made it large
+_READ_ATTEMPTS: Final = 3  # a heartbeat that cannot be decoded may be being written, so it is read again
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -39,8 +39,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     def age_s(self, clock: Clock) -> float:
         """Seconds since it was written.
 
-        By the monotonic clock if the machine has not been started again since, because the wall clock may have been set. If it
-        was started again, the heartbeat is at least as old as the machine has been up. Otherwise by the wall clock.
+        The monotonic clock counts if the machine was not restarted since, because the wall clock may have been set. If it was
+        restarted, the heartbeat is at least as old as the machine has been up. If that is unknown, the wall clock counts.
         """
         by_wall_clock = max(0.0, (clock.micros() - self.at_micros) / 1e6)
         if not self.boot_id or not boot_id():
@@ -68,20 +68,20 @@ class Lease:
         return self._fd >= 0
 
     def is_valid(self) -> bool:
-        """Whether this process holds the lock that others see. Releases one whose file somebody has deleted."""
+        """Whether this process holds the lock that others see. Releases the lock if somebody has deleted its file."""
         if self.is_held and not self._directory.filesystem.is_file_at(self._fd, self._directory.path_of(layout.DELIVER_LOCK)):
             self.release()
         return self.is_held
 
     def acquire(self) -> bool:
-        """Become the process that delivers; False if another one is."""
+        """Become the process that delivers; False if another process is."""
         locked_file = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
         if locked_file is not None:
             self._fd = locked_file.fd
         return self.is_held
 
     def write_heartbeat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
-        """Write down how delivery is going, at most once a second unless it must be `now`. Errors of the disk are ignored."""
+        """Write the state of delivery, at most once a second unless it must be `now`. Disk errors are ignored."""
         now_s = self._clock.monotonic()
         if not self.is_held or (now_s < self._next_heartbeat and not now):
             return
@@ -117,9 +117,9 @@ def _encodable(text: str) -> str:
 
 
 def read_heartbeat(directory: Directory) -> Heartbeat | None:
-    """The last heartbeat of the process that delivers, or did. Takes no lock."""
+    """Read the last heartbeat of the process that delivers or delivered last. Takes no lock."""
     for _ in range(_READ_ATTEMPTS):
-        # It is overwritten in place: behind its end there may be the rest of a longer one for a moment.
+        # The heartbeat is overwritten in place: for a moment the rest of a longer one may follow it.
         line = directory.read_small_file(layout.DELIVER_LOCK, _HEARTBEAT_BYTES_MAX).partition(b"\n")[0]
         if not line:
             break

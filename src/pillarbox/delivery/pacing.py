@@ -1,9 +1,9 @@
-"""How fast a destination is sent its batches. Pure: times are passed in, in monotonic seconds; rates are in events/s.
+"""Limits the rate at which a destination is sent batches. Pure: times are monotonic seconds; rates are in events/s.
 
-While all is well, only the operator's ceiling holds anything back. A call that fails sets a bound: a share of what the
-destination usually takes, a small one after an outage. Each answer that comes in time raises the bound by a fixed step, each
-slow answer and each failure cuts it by half, until no batch waits any more. This is additive increase, multiplicative decrease:
-many clients of one server need it in order to share the server evenly without knowing of one another.
+Without failures, only the operator's ceiling limits the rate. A call that fails sets a bound: a share of the rate that the
+destination usually takes, and a small share after an outage. Each response in time raises the bound by a fixed step, and each
+slow response or failure halves it, until no batch is pending any more. This is additive increase, multiplicative decrease:
+with it, many clients share one server evenly without knowing of one another.
 
 Sources: D.-M. Chiu and R. Jain, "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance in Computer
 Networks", 1989. One cut for all calls in flight, and averages with a gain of an eighth: V. Jacobson, "Congestion Avoidance and
@@ -17,36 +17,36 @@ from __future__ import annotations
 import math
 from typing import Final, NamedTuple
 
-_TIMER_SLACK_S: Final = 0.02  # how much of a timer's lateness may be caught up
+_TIMER_SLACK_S: Final = 0.02  # how much of the lateness of a timer may be made up for
 
 
 class PacingConfig(NamedTuple):
-    """The constants of the pacing. Shares are of the rate that the destination usually takes, as far as it is known."""
+    """The constants of pacing. Shares refer to the rate that the destination usually takes, as far as it is known."""
 
     max_rate: float | None = None  # events/s, the operator's ceiling; None: no ceiling
     start_share: float = 1 / 32  # the rate after an outage: about five halvings
     step_share: float = 1 / 128  # the rise with each answer in time; several times as much makes many clients overshoot
     cut_every_s: float = 1.0  # at most one cut: quick calls that fail at random must not hold a destination back for good
-    cut: float = 0.5  # what is left of the rate after a failure or a slow answer
-    lift: float = 2.0  # times the usual rate: the destination takes no more anyway, and the bound is removed
-    slow: float = 3.0  # times the usual duration of such a call: the answer is slow
-    slow_in_row: int = 2  # slow answers that cut the rate; one alone is chance
-    slow_least_s: float = 0.1  # a quicker answer is never slow
-    outage_s: float = 5.0  # failing for so long is an outage
-    pause_max_s: float = 30.0  # between two calls; the same as the longest backoff
-    gain: float = 1 / 8  # of the averages
-    gain_slow: float = 1 / 64  # the same for slow answers while nothing has failed
+    cut: float = 0.5  # factor of the rate after a failure or a slow response
+    lift: float = 2.0  # the bound is removed at this multiple of the usual rate, because the destination takes no more anyway
+    slow: float = 3.0  # a response is slow if its call takes this multiple of the usual duration
+    slow_in_row: int = 2  # consecutive slow responses that cut the rate; a single one may be chance
+    slow_least_s: float = 0.1  # a quicker response is never slow
+    outage_s: float = 5.0  # calls that fail for so long are an outage
+    pause_max_s: float = 30.0  # longest pause between two calls; the same as the longest backoff
+    gain: float = 1 / 8  # gain of the averages
+    gain_slow: float = 1 / 64  # gain for slow responses while nothing has failed
 
 
 class _TokenBucket:
-    """Events that were sent ahead of the rate and are not paid off yet."""
+    """A token bucket: the events that were sent ahead of the rate."""
 
     def __init__(self) -> None:
         self._owed = 0.0
         self._advanced_at = -math.inf
 
     def advance(self, now: float, rate: float) -> None:
-        """Pay off what the time since the last call allows at this rate."""
+        """Pay off as many events as this rate allows for the time since the last call."""
         if now > self._advanced_at:
             self._owed = max(self._owed - (now - self._advanced_at) * rate, -_TIMER_SLACK_S * rate)
             self._advanced_at = now
@@ -76,11 +76,11 @@ class Pacer:
         self._usual_records = 0.0  # of a call; 0: not known yet
         self._last_records = 1
         self._slow_in_row = 0
-        self._is_recovering = False  # from a failure until no batch waits any more
+        self._is_recovering = False  # from a failure until no batch is pending
         self._failing_since: float | None = None
         self._is_outage = False
         self._cut_at = -math.inf
-        self.outages = 0  # how many there were
+        self.outages = 0  # number of outages so far
 
     @property
     def is_paced(self) -> bool:
@@ -127,20 +127,20 @@ class Pacer:
             self._paced_bucket.charge(records, self._bound * self._config.pause_max_s)
 
     def note_accepted(self, began: float, now: float, records: int) -> None:
-        """Learn from a call of which something was accepted."""
+        """Learn from a call of which records were accepted."""
         config = self._config
         self._failing_since = None
         is_first = not self._usual_records
         seconds = max(0.0, now - began)
         slow = self._is_slow(seconds, records)
-        if not slow or self._is_at_lowest:  # slow even at the lowest rate: not because of the rate
+        if not slow or self._is_at_lowest:  # the call is slow even at the lowest rate, so the rate is not the cause
             self._update_averages(seconds, max(1, records), config.gain)
         elif not self._is_recovering:
             self._update_averages(seconds, max(1, records), config.gain_slow)
-        if is_first and self._bound is not None:  # the bound was set before anything was known of the destination
+        if is_first and self._bound is not None:  # the bound was set before the destination's usual rate was known
             self._bound = max(self._bound, config.start_share * self._unhindered_rate)
         if not self._is_recovering or began < self._cut_at:
-            return  # it was in flight at the last cut, and says nothing of the rate since
+            return  # the call was in flight at the last cut, and says nothing about the rate since then
         self._slow_in_row = self._slow_in_row + 1 if slow else 0
         if self._slow_in_row >= config.slow_in_row and now - self._cut_at >= config.cut_every_s:
             self._cut_rate(now, self._current_rate)
@@ -154,7 +154,7 @@ class Pacer:
     def note_failure(self, began: float, now: float, records: float = math.inf) -> None:
         """Slow down after a call that must be retried; the backoff decides when.
 
-        `records` is left out if there was no call because nothing can be sent at all.
+        Leave `records` out if there was no call because nothing could be sent at all.
         """
         self._paced_bucket.refund(records)
         outage_begins = False
@@ -175,7 +175,7 @@ class Pacer:
         self._paced_bucket.refund(records)
 
     def note_drained(self) -> None:
-        """Lift the bound: no batch waits any more."""
+        """Remove the bound, because no batch is pending any more."""
         self._bound = None
         self._is_recovering = False
 

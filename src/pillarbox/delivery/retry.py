@@ -1,12 +1,12 @@
-"""What follows from a destination's answer, and which rejected batches are poison. Pure: times are passed in.
+"""Decides what to do after a destination's answer, and which rejected batches are poison. Pure: times are passed in.
 
-`decide` is asked after each call, `judge_rejections` once every record of a batch has an answer. Nothing is given up without a
-limit that the operator has set: the data is on disk.
+`decide` is called after each call to the sink, `judge_rejections` once every record of a batch has an answer. No batch expires
+unless the operator has set `max_age`: the data is on disk.
 
-A record is dead-lettered only if the destination accepts others. If it rejects whole batches, one after the other, it is set up
-wrongly, and its answers prove nothing about the records. A wholly rejected batch is therefore deferred until the destination
-has accepted another batch; `PoisonTracker` remembers the deferred ones. So many of them in a row open the circuit breaker
-(`DeliveryConfig.stop_after_rejected_batches`): delivery stops, and one batch at a time is tried.
+A record is dead-lettered only if the destination accepts others. A destination that rejects whole batches, one after the other,
+is probably set up wrongly, and its answers prove nothing about the records. A wholly rejected batch is therefore deferred until
+the destination has accepted another batch; `PoisonTracker` remembers the deferred ones. After a number of them in a row
+(`DeliveryConfig.stop_after_rejected_batches`) the circuit breaker opens: delivery stops, and one batch at a time is tried.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from pillarbox.delivery.config import DeliveryConfig
 
 TOO_OLD: Final = "too_old"  # the code of dead letters that an age limit made
-# How long a batch must have failed in this process before its age counts, in seconds. A clock that was wrong when the machine
-# came up is corrected within minutes; it must not have made dead letters by then.
+# How long a batch must have failed in this process before its age counts, in seconds. A clock that is wrong when the machine
+# starts is corrected within minutes, and must not cause dead letters before that.
 EXPIRY_MIN_FAILING_S: Final = 600.0
 _EXTRA_SPLIT_CALLS: Final = 2
-_SPLIT_FACTOR_PARTLY_ACCEPTED: Final = 4  # room for several poisoned records side by side in a batch that is partly accepted
-_DEFERRED_MAX: Final = 64  # batches; with so many deferred while delivery is stopped, these are tried in turn
+_SPLIT_FACTOR_PARTLY_ACCEPTED: Final = 4  # finds several poisoned records side by side in a partly accepted batch
+_DEFERRED_MAX: Final = 64  # batches; if so many are deferred while delivery is stopped, they are tried in turn
 
 
 class AttemptContext(NamedTuple):
-    """What is known beside the answer to the last call."""
+    """What is known besides the answer to the last call."""
 
     accepted_since_rejection: bool = False  # the destination has accepted something since it rejected this batch as a whole
-    partly_accepted: bool = False  # it has accepted a part of this batch
-    deduplicates: bool = True  # it recognizes repeats, so a part that it has accepted may be sent again
+    partly_accepted: bool = False  # the destination has accepted a part of this batch
+    deduplicates: bool = True  # the destination deduplicates, so a part that it has accepted may be sent again
     batch_records: int = 1
-    rejected_calls_in_row: int = 0  # calls of this batch, before the last one
+    rejected_calls_in_row: int = 0  # calls with records of this batch, before the last one
     other_rejected_batches: int = 0  # wholly rejected, in a row
     dead_lettered_batches: int = 0  # wholly, since the destination last accepted something
     age_s: float = 0.0  # since the batch was sealed
@@ -47,7 +47,7 @@ class AttemptContext(NamedTuple):
 
 
 class PartDone(NamedTuple):
-    """The part has its answers: `accepted` and `duplicates` arrived, the records in `dead` are rejected."""
+    """Every record of the part has an answer: `accepted` and `duplicates` arrived, the records in `dead` are rejected."""
 
     accepted: int
     duplicates: int
@@ -55,13 +55,13 @@ class PartDone(NamedTuple):
 
 
 class SendRest(NamedTuple):
-    """The records in `dead` are rejected and nothing of the call was stored: send what stands between them."""
+    """The records in `dead` are rejected and nothing of the call was stored: send the records between them again."""
 
     dead: dict[int, Rejection]
 
 
 class Split(NamedTuple):
-    """Send the two halves one by one."""
+    """Send the two halves one after the other."""
 
 
 class Wait(NamedTuple):
@@ -79,7 +79,7 @@ class Stop(NamedTuple):
 
 
 class Defer(NamedTuple):
-    """The batch seems to be rejected as a whole: send others before it is judged."""
+    """The batch seems to be rejected as a whole: send other batches before it is judged."""
 
     rejection: Rejection
 
@@ -96,7 +96,7 @@ Action = PartDone | SendRest | Split | Wait | Stop | Defer | Expire
 class Verdict(Enum):
     """What becomes of a batch's rejected records once every record has an answer."""
 
-    FINAL = "final"  # they are dead letters
+    FINAL = "final"  # they become dead letters
     DEFERRED = "deferred"  # decided after the destination has accepted another batch
     STOPPED = "stopped"  # deferred, and delivery stops
 
@@ -111,7 +111,7 @@ def decide(
         records: How many records the call had.
         attempt: How many calls in a row with this part have asked for a retry, this one included; from 1.
         jitter_share: Uniform in [0, 1), for the backoff.
-        context: What is known beside the answer.
+        context: What is known besides the answer.
         config: The operator's limits.
     """
     match answer:
@@ -130,8 +130,8 @@ def decide(
         case Rejected():
             return Split()
         case Retry(reason, after):
-            # Neither earlier nor later than the destination asks for, up to a limit: its clock or its configuration may be
-            # wrong, and delivery must not stop for years. Without a time of its own, the backoff's.
+            # Retry exactly when the destination asks, up to a limit: its clock or its configuration may be wrong, and delivery
+            # must not stop for years. If it names no time, the backoff decides.
             seconds = min(after, config.retry_after_max_s) if after else config.backoff.delay(attempt, jitter_share)
             return _expire_if_old(context, config) or Wait(seconds, reason)
         case Misconfigured(reason):
@@ -139,7 +139,7 @@ def decide(
 
 
 def judge_rejections(accepted: int, context: AttemptContext, config: DeliveryConfig) -> Verdict:
-    """What becomes of the rejected records of a batch of which `accepted` records arrived."""
+    """Decide about the rejected records of a batch of which `accepted` records arrived."""
     if accepted or not config.stop_after_rejected_batches or is_expired(context, config):
         return Verdict.FINAL
     # One acceptance proves that a few batches are bad, not all that wait: the destination may have recovered for a moment.
@@ -167,7 +167,7 @@ def validate_answer(answer: object, records: int) -> DeliveryResult:
 
 
 def is_circuit_open(rejected_batches: int, config: DeliveryConfig) -> bool:
-    """Whether so many batches in a row were rejected as a whole that the set-up is at fault, not the batches."""
+    """Whether so many batches in a row were wholly rejected that the configuration is at fault, not the batches."""
     return 0 < config.stop_after_rejected_batches <= rejected_batches
 
 
@@ -184,7 +184,7 @@ def _expire_if_old(context: AttemptContext, config: DeliveryConfig) -> Expire | 
 
 
 def _is_splitting_futile(context: AttemptContext, config: DeliveryConfig) -> bool:
-    """Whether to split no further: half as many rejections without a success find one poisoned record."""
+    """Whether to stop splitting: half as many rejections without a success would have found one poisoned record."""
     if not config.stop_after_rejected_batches:
         return False
     if context.accepted_since_rejection and context.dead_lettered_batches < config.stop_after_rejected_batches:
@@ -196,7 +196,7 @@ def _is_splitting_futile(context: AttemptContext, config: DeliveryConfig) -> boo
 
 
 class AttemptHistory(NamedTuple):
-    """What this process has tried with a batch before; a deferred batch is sent again."""
+    """The earlier attempts of this process with a batch, which is sent again because it was deferred."""
 
     attempts: int = 0
     first_at_micros: int = 0
@@ -217,8 +217,8 @@ class PoisonTracker:
         self._config = config
         self._deferred: dict[str, _DeferredBatch] = {}
         self._acceptances = 0
-        self._dead_lettered = 0  # batches, wholly, since the last acceptance
-        self.send_alone: set[str] = set()  # rejected together with others: sent by itself from now on
+        self._dead_lettered = 0  # wholly rejected batches since the last acceptance
+        self.send_alone: set[str] = set()  # files that were rejected together with others, and are sent alone from now on
 
     @property
     def has_deferred(self) -> bool:
@@ -231,12 +231,12 @@ class PoisonTracker:
         return self._dead_lettered
 
     def note_accepted(self) -> None:
-        """The destination has accepted something: batches deferred before are decided at their next rejection."""
+        """Note that the destination accepted something: deferred batches are decided at their next rejection."""
         self._acceptances += 1
         self._dead_lettered = 0
 
     def note_dead_lettered(self) -> None:
-        """A batch of which nothing was accepted is dead-lettered."""
+        """Note that a batch is dead-lettered as a whole."""
         self._dead_lettered += 1
 
     def defer_batch(self, name: str, reason: str, history: AttemptHistory, now: float) -> None:
@@ -244,20 +244,20 @@ class PoisonTracker:
         self._deferred[name] = _DeferredBatch(self._acceptances, now, reason, history)
 
     def forget_batch(self, name: str) -> None:
-        """Drop what is known of a batch that is being settled."""
+        """Forget a batch that is being settled."""
         self._deferred.pop(name, None)
         self.send_alone.discard(name)
 
     def is_tracked(self, name: str) -> bool:
-        """Whether something is remembered of a batch, by its name."""
+        """Whether a batch is remembered, by its name."""
         return name in self._deferred or name in self.send_alone
 
     def tracked_names(self) -> set[str]:
-        """The batches of which something is remembered."""
+        """The names of the remembered batches."""
         return self.send_alone | self._deferred.keys()
 
     def forget_missing(self, existing: Iterable[str]) -> None:
-        """Drop what is known of batches that no longer exist."""
+        """Forget batches that no longer exist."""
         if self._deferred or self.send_alone:
             names = set(existing)
             self._deferred = {name: deferred for name, deferred in self._deferred.items() if name in names}
@@ -269,7 +269,7 @@ class PoisonTracker:
         return deferred is not None and deferred.acceptances < self._acceptances
 
     def history_of(self, name: str) -> AttemptHistory:
-        """What was tried with a batch before."""
+        """The earlier attempts with a batch."""
         deferred = self._deferred.get(name)
         return deferred.history if deferred is not None else AttemptHistory()
 
@@ -278,12 +278,12 @@ class PoisonTracker:
         return [name for name, deferred in self._deferred.items() if deferred.acceptances == self._acceptances]
 
     def rejected_in_row(self, except_for: str = "") -> int:
-        """How many batches in a row were rejected as a whole; one of them may be left out of the count."""
+        """How many batches in a row were wholly rejected; one of them may be left out of the count."""
         return len(self.undecided()) - (except_for in self._deferred and not self.accepted_since_rejection(except_for))
 
     @property
     def is_circuit_open(self) -> bool:
-        """Whether so many batches are rejected that the set-up is at fault, not the batches."""
+        """Whether so many batches are rejected that the configuration is at fault, not the batches."""
         in_row = self.rejected_in_row()
         return in_row > 0 and is_circuit_open(in_row + self._dead_lettered, self._config)
 
@@ -307,7 +307,7 @@ class PoisonTracker:
         return [name for name in undecided if now - self._deferred[name].tried_at >= self._config.recheck_s]
 
     def _interleave(self, names: list[str]) -> list[str]:
-        """Put an untried batch behind each deferred one: an acceptance should come between any two that are dead-lettered."""
+        """Put an untried batch after each deferred one: the destination can then accept one in between."""
         deferred = [name for name in names if name in self._deferred]
         untried = [name for name in names if name not in self._deferred]
         pairs = itertools.zip_longest(deferred, untried[: len(deferred)])

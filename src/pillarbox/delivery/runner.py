@@ -1,7 +1,7 @@
-"""What hosts delivery for an outbox or a command: the protocol, a thread of this process, or another process.
+"""Runners, which host delivery for an outbox or a command: the protocol, a thread of this process, or another process.
 
-`ThreadRunner` runs the worker of a single sink. `fanout.FanOutRunner` runs one of these for each of several sinks,
-`process.supervisor.Supervisor` has a child process do so. `ExternalRunner` stands for a process that somebody else starts.
+`ThreadRunner` runs the worker of a single sink. `fanout.FanOutRunner` runs a `ThreadRunner` for each of several sinks.
+`process.supervisor.Supervisor` delivers in a child process. `ExternalRunner` represents a process that somebody else starts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = logging.getLogger("pillarbox")
 ONLY_SINK: Final = ""  # the name of a single sink
 _STATES_WORST_FIRST: Final = ("stopped", "waiting", "degraded", "draining", "standby", "idle")
 _RESTART_S: Final = 5.0  # after a defect has ended the worker
-_CANCEL_GRACE_S: Final = 0.5  # for a call to the sink that `stop` has cancelled
+_CANCEL_GRACE_S: Final = 0.5  # time to end for a call to the sink that `stop` has cancelled
 _NO_DELIVERY: Final = "no process delivers this directory (is `pillarbox deliver` running?)"
 
 
@@ -41,7 +41,7 @@ class Runner(Protocol):
         """Begin to deliver."""
 
     def stop(self, timeout: float) -> bool:
-        """Deliver what can be delivered without waiting, and end; False if that took longer than `timeout` seconds."""
+        """Deliver what needs no waiting, then end; False if that took longer than `timeout` seconds."""
 
     def notify(self) -> None:
         """Say that there may be something to do; from any thread."""
@@ -54,7 +54,7 @@ class Runner(Protocol):
 
 
 def combine_stats(sinks: Mapping[str, SinkStats]) -> SinkStats:
-    """All sinks as one: the sums of their counts, and the worst state, with the name of the sink that is in it."""
+    """Combine the stats of all sinks: the sums of their counts, and the worst state with the name of its sink."""
     total = DeliveryCounters()
     for sink in sinks.values():
         for name in COUNTER_FIELDS:
@@ -85,13 +85,13 @@ class ThreadRunner:
         self._thread.start()
 
     def stop(self, timeout: float) -> bool:
-        """Deliver what can be delivered without waiting, and end; what takes longer than `timeout` seconds stays on disk."""
+        """Deliver what needs no waiting, then end; after `timeout` seconds the rest stays on disk."""
         self._stopping.set()
         self.worker.end()
         with contextlib.suppress(RuntimeError):  # the thread was not started
             self._thread.join(timeout)
         if self._thread.is_alive() and self._loop is not None and self._task is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has just ended
+            with contextlib.suppress(RuntimeError):  # the event loop has just ended
                 self._loop.call_soon_threadsafe(self._task.cancel)
             self._thread.join(_CANCEL_GRACE_S)
         return not self._thread.is_alive()
@@ -111,7 +111,7 @@ class ThreadRunner:
         return self.worker.idle.is_set()
 
     def is_stopped(self) -> bool:
-        """Whether nothing is delivered until somebody fixes the set-up."""
+        """Whether nothing is delivered until somebody fixes the configuration."""
         return self.worker.state.name == "stopped"
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:
@@ -139,9 +139,9 @@ class ThreadRunner:
 
 
 class ExternalRunner:
-    """Stands for the process that delivers with `deliver="external"`. Its heartbeat is all that is known of it.
+    """Represents the process that delivers with `deliver="external"`. Only its heartbeat is known.
 
-    Counts nothing, because this process only stores.
+    The runner counts nothing, because this process only stores.
     """
 
     def __init__(self, directory: Directory, clock: Clock) -> None:
@@ -152,14 +152,14 @@ class ExternalRunner:
         self._is_silent = False
 
     def start(self) -> None:
-        """Do nothing: the other process is started by somebody else."""
+        """Do nothing: somebody else starts the other process."""
 
     def stop(self, timeout: float) -> bool:  # noqa: ARG002 - the protocol's
         """Do nothing: the other process goes on."""
         return True
 
     def notify(self) -> None:
-        """Check now and then whether any process delivers, and log when that changes. That process scans by itself."""
+        """Check from time to time whether any process delivers, and log changes. That process scans by itself."""
         now = self._clock.monotonic()
         if now - self._checked_s < HEARTBEAT_STALE_AFTER_S:
             return
@@ -171,7 +171,7 @@ class ExternalRunner:
             log.log(level, "%s: %s", self._directory.path, text)
 
     def sinks(self) -> dict[str, SinkStats]:
-        """What the heartbeat of each sink says."""
+        """The stats of each sink, from its heartbeat."""
         directories = self._directory.queues() or [self._directory]
         return {directory.sink or ONLY_SINK: self._stats_from(read_heartbeat(directory)) for directory in directories}
 
@@ -190,7 +190,7 @@ class ExternalRunner:
         threading.Event().wait(timeout)
 
     def _silent_seconds(self, heartbeat: Heartbeat | None) -> float | None:
-        """The age of the last heartbeat, if that is stale."""
+        """The age of the last heartbeat if it is stale, otherwise None."""
         here_s = self._clock.monotonic() - self._started_s
         silent_s = here_s if heartbeat is None else heartbeat.age_s(self._clock)
         # If both processes start together, the other one has as long to write its first heartbeat.

@@ -1,7 +1,7 @@
-"""Sends a request, in parts if need be, until each of its records is accepted or rejected.
+"""Sends a request, in parts if necessary, until each of its records is accepted or rejected.
 
 `retry` and `pacing` decide; this module calls the sink and waits. Several requests may be in flight at a time: if the
-destination asks one of them to wait, all of them do.
+destination asks one of them to wait, all of them wait.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 # The year 2020. A batch with an earlier seal time was sealed before the machine's clock was set.
 _CLOCK_UNSET_BEFORE_MICROS: Final = 1_577_836_800_000_000
-_CANCEL_GRACE_S: Final = 1.0  # for a call that timed out to end, before the status reports it
-# Turns of the event loop in which a sink sends all of a call (httpx takes four). If more are needed, the sink waits for the
-# destination, and there is time to prefetch.
+_CANCEL_GRACE_S: Final = 1.0  # how long a call that timed out may keep running before the status reports it
+# Iterations of the event loop in which a sink sends a whole call (httpx takes four). If a call takes more, the sink is waiting
+# for the destination, and there is time to prefetch.
 _QUICK_TURNS: Final = 8
 
 
@@ -46,11 +46,11 @@ class Sender:
         self._status = context.status
         self._poison_tracker = poison_tracker
         self._housekeeping = housekeeping
-        self._not_before = 0.0  # monotonic: the destination asked for time, or is set up wrongly
+        self._not_before = 0.0  # monotonic; no call may begin earlier: the destination asked for it, or is set up wrongly
         self._pacer = Pacer(context.config.pacing, context.config.max_in_flight if self._sink.capabilities.concurrent else 1)
         self._call_order = asyncio.Lock()  # calls begin in the order of their requests
         self._started = (self._clock.micros(), self._clock.monotonic())
-        self._abandoned_calls: set[asyncio.Future[DeliveryResult]] = set()  # timed out and still running
+        self._abandoned_calls: set[asyncio.Future[DeliveryResult]] = set()  # a call that timed out and is still running
         self._report_pace()
 
     async def send(self, request: SendRequest) -> SendResult:
@@ -111,22 +111,22 @@ class Sender:
 
     @property
     def outages(self) -> int:
-        """How often the destination has failed for so long that it was an outage."""
+        """The number of outages of the destination so far."""
         return self._pacer.outages
 
     def note_unreachable(self) -> None:
-        """Slow down: nothing can be sent, for a reason that no call has shown."""
+        """Slow down, because nothing can be sent for a reason that no call has shown."""
         now = self._clock.monotonic()
         self._pacer.note_failure(now, now)
         self._report_pace()
 
     def note_drained(self) -> None:
-        """Lift the rate limit: no batch waits any more."""
+        """Remove the rate limit, because no batch is pending any more."""
         self._pacer.note_drained()
         self._report_pace()
 
     def _record_failures(self, result: SendResult, answer: DeliveryResult) -> None:
-        """Count rejected calls in a row, and note since when the batch fails; `retry` needs both."""
+        """Count consecutive rejected calls, and note since when the batch has been failing; `retry` needs both."""
         if isinstance(answer, (Delivered, PartialFailure)) and answer.accepted:
             result.rejected_calls = 0
             return
@@ -183,7 +183,7 @@ class Sender:
         )
 
     def _age_s(self, request: SendRequest, now: float) -> float:
-        """Seconds since the youngest file was sealed, by the clock that makes it younger: one of them may have jumped."""
+        """Seconds since the youngest file was sealed, by the clock that gives less, because one of them may have jumped."""
         sealed_at = layout.sealed_at(request.files[-1].name)
         if sealed_at is None or sealed_at < _CLOCK_UNSET_BEFORE_MICROS:
             return 0.0
@@ -202,7 +202,7 @@ class Sender:
         """Wait until a call may begin; False if the worker must end first."""
         async with self._call_order:
             while (left := self._seconds_left()) > 0:
-                # In short steps, because the rate may rise meanwhile.
+                # Wait in short steps, because the rate may rise meanwhile.
                 if not await self._housekeeping.wait(min(left, HEARTBEAT_INTERVAL_S)):
                     return False
             # A sink that takes one call at a time must not get another while an abandoned one is still running.
@@ -219,7 +219,7 @@ class Sender:
         return max(self._not_before - now, self._pacer.seconds_until_next(now))
 
     async def _call_sink(self, part: Batch) -> DeliveryResult:
-        """Call the sink, bounded in time. While it waits for the destination, housekeeping goes on."""
+        """Call the sink with a timeout. Housekeeping continues while the sink waits for the destination."""
         call = asyncio.ensure_future(self._sink.deliver(part))
         try:
             for _ in range(_QUICK_TURNS):
@@ -249,7 +249,7 @@ class Sender:
     def _forget_abandoned(self, call: asyncio.Future[DeliveryResult]) -> None:
         self._abandoned_calls.discard(call)
         if not call.cancelled():
-            call.exception()  # retrieved, or asyncio would log it
+            call.exception()  # otherwise asyncio would log the exception
 
 
 def _answer_of(call: asyncio.Future[DeliveryResult], records: int) -> DeliveryResult:
@@ -264,7 +264,7 @@ def _answer_of(call: asyncio.Future[DeliveryResult], records: int) -> DeliveryRe
 
 
 def describe_error(error: BaseException) -> str:
-    """The kind of an exception and its message."""
+    """The class of an exception and its message."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

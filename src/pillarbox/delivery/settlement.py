@@ -3,7 +3,7 @@
 The order is: dead letters and damaged bytes, each written to a temporary file, synced and renamed; then the ledger entry,
 synced; then the file is deleted, or renamed if delivered batches are retained. If the process is killed in between, the batch
 is sent again under the same ids. The same files are then written again with the same content, and the ledger entry is
-replaced: nothing is kept or counted twice.
+replaced: nothing is stored or counted twice.
 
 A file that cannot be settled is held: its lock is released, and it is sent and settled again later. The others do not wait.
 """
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-GROUP_FILES_MAX: Final = 32  # settled with one sync: each holds a descriptor, and is sent again after a kill
-GROUP_S: Final = 0.2  # how long a file waits for others to be settled with
+GROUP_FILES_MAX: Final = 32  # files settled with one sync: each holds a descriptor, and is sent again after a kill
+GROUP_S: Final = 0.2  # how long a file waits for others that are settled with it
 _REMOVAL_SYNC_S: Final = 1.0  # how long a deletion may stay unsynced; a file that a power loss brings back is sent again
 _MEASURE_EVERY_S: Final = 10.0  # between two listings of dead letters and quarantine, while there is space
 _MEASURE_WHEN_FULL_S: Final = 1.0  # the same while there is none
@@ -47,7 +47,7 @@ _DISCARD_WARNING: Final = "discarding"  # the subject of the warning
 
 
 def write_quarantine(directory: Directory, batch: str, data: bytes, ranges: Sequence[DamagedRange]) -> None:
-    """Keep damaged bytes unchanged, with their byte ranges and what is wrong with each."""
+    """Store damaged bytes unchanged, with their byte ranges and what is wrong with each."""
     index = b"[\n" + b",\n".join(msgspec.json.encode(damaged) for damaged in ranges) + b"\n]\n"
     damaged_bytes = b"".join(data[damaged.offset : damaged.offset + damaged.length] for damaged in ranges)
     directory.write_atomically(layout.ranges_name(batch), index)
@@ -55,13 +55,13 @@ def write_quarantine(directory: Directory, batch: str, data: bytes, ranges: Sequ
 
 
 def write_dead_letters(directory: Directory, batch: str, dead_letters: Mapping[int, DeadLetter]) -> None:
-    """Keep rejected records, in the order of the batch."""
+    """Store rejected records, in the order of the batch."""
     lines = b"".join(msgspec.json.encode(dead_letters[index]) + b"\n" for index in sorted(dead_letters))
     directory.write_atomically(layout.dead_name(batch), lines)
 
 
 class DeliveryCallbacks(NamedTuple):
-    """What delivery tells the outbox or the command that started it, and asks of it."""
+    """Functions through which delivery reports to the outbox or the command that started it."""
 
     on_bytes_released: Callable[[int], None] = lambda _bytes: None  # of a file that no longer waits
     on_duration: Callable[[float, str], None] = lambda _seconds, _sink: None  # from reading a file to its settlement
@@ -77,18 +77,18 @@ NO_CALLBACKS: Final = DeliveryCallbacks()
 
 
 class _QuarantineFullError(Exception):
-    """There is no space for what must be kept; the message names the limit and the way out."""
+    """Dead letters or damaged bytes would exceed a limit; the message names the limit and what to do."""
 
 
 def retention_for(directory: Directory, clock: Clock, limits: SettlementLimits) -> Retention | None:
-    """What retains delivered batches; None if they are deleted at once."""
+    """Build the `Retention` of delivered batches; None if they are deleted at once."""
     if limits.keep_delivered_s is None:
         return None
     return Retention(directory, clock, limits.keep_delivered_s, limits.max_delivered_bytes)
 
 
 class Settler:
-    """Settles delivered files in the order that the module describes, and holds those that cannot be settled.
+    """Settles delivered files in the order that the docstring of the module describes, and holds those that cannot be settled.
 
     With a ledger, files are settled in groups: one sync of it answers for all of them.
     """
@@ -110,30 +110,30 @@ class Settler:
         self._poison_tracker = poison_tracker
         self._retention = retention_for(context.directory, context.clock, context.config.limits)
         self._ledger = ledger
-        # A group is sent again as a whole after a kill, which only a destination that recognizes repeats can take.
+        # After a kill a whole group is sent again, which is harmless only if the destination deduplicates.
         self._uses_groups = ledger is not None and context.sink.capabilities.deduplicates_by != "nothing"
         self._callbacks = callbacks
         self._group: list[_Settling] = []
         self._group_started_s = 0.0
         self._held_files: dict[str, _HeldFile] = {}  # sent and not settled
-        self._unsynced_since: float | None = None  # the first deletion that is not synced yet
+        self._unsynced_since: float | None = None  # time of the first deletion that is not synced yet
         self._used_bytes: dict[Kind, int] = {}  # of dead letters and quarantine
         self._measured_at = -_MEASURE_EVERY_S
         self._measured_full_at = -_MEASURE_WHEN_FULL_S
         self._logged_at = -_LOG_EVERY_S
         self._logged_totals = (0, 0)
-        self.failures_in_row = 0  # several in a row are the disk's fault, not the files'
+        self.failures_in_row = 0  # several in a row are a fault of the disk, not of the files
         self.settlement_done = threading.Condition()  # notified after each group of settled files
 
     def settle_batch(self, sent: SentBatch) -> None:
-        """Settle the files of a batch that needs no confirmation any more. Takes each off the batch first."""
+        """Settle the files of a batch that needs no confirmation any more. Removes each from the batch first."""
         while sent.files:
-            delivered = sent.files.pop(0)  # from here on the settler closes it, whatever happens
+            delivered = sent.files.pop(0)  # from here on the settler must close the file
             self._poison_tracker.forget_batch(delivered.file.name)
             self._settle_file(delivered)
 
     def _settle_file(self, delivered: DeliveredFile) -> None:
-        """Keep what must be kept of a file, then add it to the group."""
+        """Store the dead letters and damaged bytes of a file, then add it to the group."""
         try:
             discarded = self._write_rejects(delivered)
         except _QuarantineFullError as full:
@@ -161,14 +161,14 @@ class Settler:
         group, self._group = self._group, []
         try:
             if group and self._ledger is not None:
-                self._ledger.write(sync=True)  # on a full disk it keeps the entries, and the deletions that free space go ahead
+                self._ledger.write(sync=True)  # on a full disk the entries wait in memory, and the deletions free space
         except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked for ever
             while group:
                 self._hold_failed(group.pop().delivered, error)
         for settling in group:
             file = settling.delivered.file
             try:
-                with self.settlement_done:  # whoever sees that the file is gone finds it counted
+                with self.settlement_done:  # counted before the deletion, so that nobody sees the file gone and not counted
                     has_other_links = self._remove_file(file.locked_file)
                     if self._unsynced_since is None:
                         self._unsynced_since = self._clock.monotonic()
@@ -181,7 +181,7 @@ class Settler:
             if self._held_files.pop(file.name, None) is not None:
                 self._status.clear_warning(file.name)
         if group:
-            with self.settlement_done:  # once for the group: each time, a waiting thread takes the GIL
+            with self.settlement_done:  # once for the group, because each notification can give the GIL to a waiting thread
                 self.settlement_done.notify_all()
         if self._unsynced_since is not None and self._clock.monotonic() - self._unsynced_since >= _REMOVAL_SYNC_S:
             self.sync_removals()
@@ -189,7 +189,7 @@ class Settler:
             self._retention.prune()
 
     def _remove_file(self, locked_file: LockedFile) -> bool:
-        """Delete a file, or retain it; whether it still waits for another sink."""
+        """Delete a file, or retain it; return whether it still waits for another sink."""
         with self._directory.release_lock:  # or of two threads that remove the last two links, both would be the last
             if self._retention is None or not self._retention.retain(locked_file):
                 self._directory.remove(locked_file.name)
@@ -207,7 +207,7 @@ class Settler:
             self.sync_names()
 
     def sync_names(self) -> None:
-        """Sync the directory. Also before sending: a sealed name lost with the power would come back as another batch."""
+        """Sync the directory. Also called before sending: a batch whose name a power loss removes would get another id."""
         self._unsynced_since = None
         try:
             self._directory.filesystem.sync_directory(self._directory.path)
@@ -232,7 +232,7 @@ class Settler:
         return self._held_files
 
     def unavailable(self, existing: Iterable[str]) -> set[str]:
-        """The files that must not be sent now: those in the group, and held ones whose time has not come.
+        """The files that must not be sent now: those in the group, and held ones that are not due yet.
 
         Held files that are not among the `existing` ones are forgotten.
         """
@@ -252,7 +252,7 @@ class Settler:
         return settling | {name for name, held in self._held_files.items() if held.retry_at_s > now}
 
     def _hold_failed(self, delivered: DeliveredFile, error: Exception) -> None:
-        """Hold a file after an error, which may concern this file alone."""
+        """Hold a file after an error, which may concern only this file."""
         name = delivered.file.name
         if not isinstance(error, OSError):
             log.error("%s: a defect in Pillarbox or in a hook", name, exc_info=error)
@@ -277,7 +277,7 @@ class Settler:
     # Dead letters and quarantine.
 
     def _write_rejects(self, delivered: DeliveredFile) -> set[PurgedKind]:
-        """Write a file's dead letters and damaged bytes; which of them are discarded for want of space."""
+        """Write a file's dead letters and damaged bytes; return the kinds that are discarded for lack of space."""
         file = delivered.file
         if not file.damaged_ranges and not delivered.dead_letters:
             return set()
@@ -297,11 +297,11 @@ class Settler:
         return set(full)
 
     def _kinds_without_space(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
-        """Which kinds have no space for what a file needs, and the message for each. Reserves the space if there is enough."""
+        """The kinds of records that have too little space for a file, with a message for each. If none has, reserves it."""
         now_s = self._clock.monotonic()
         if now_s - self._measured_at >= _MEASURE_EVERY_S:
             self._used_bytes, self._measured_at = self._measure_used_bytes(""), now_s
-        # Somebody may have freed space, and the files of an earlier attempt with this batch are overwritten: measure again.
+        # Measure again: somebody may have freed space, and the files of an earlier attempt with this batch are overwritten.
         if self._exceeded_limits(required) and (
             now_s - self._measured_full_at >= _MEASURE_WHEN_FULL_S or self._has_earlier_files(required.batch)
         ):
@@ -346,14 +346,15 @@ class Settler:
         counters.discarded += settling.discarded_dead_letters + settling.discarded_ranges
         counters.flushed_files += 1
         counters.flushed_bytes += file.stored_bytes
-        # A file that waits for another sink is not released. Of several compressed copies, only a listing shows the last one.
+        # A file that waits for another sink is not released. If there are several compressed copies, only a listing shows which
+        # is the last one.
         if self._directory.parent is None or not (has_other_links or file.name.endswith(layout.COMPRESSED_SUFFIX)):
             self._callbacks.on_bytes_released(file.stored_bytes)
-        with contextlib.suppress(Exception):  # a failing metric must not cost an event
+        with contextlib.suppress(Exception):  # an error in a metric must not affect an event
             self._callbacks.on_duration(self._clock.monotonic() - file.started_s, self._directory.sink)
 
     def _log_totals(self) -> None:
-        """Log how much was dead-lettered and quarantined, but not for each batch."""
+        """Log the totals of dead letters and quarantine, but not for each batch."""
         counters, now_s = self._counters, self._clock.monotonic()
         totals = (counters.dead, counters.quarantined)
         if totals != self._logged_totals and now_s - self._logged_at >= _LOG_EVERY_S:
@@ -362,7 +363,7 @@ class Settler:
 
 
 class _Settling(NamedTuple):
-    """A delivered file whose dead letters and damaged bytes are durable, and what of them was discarded."""
+    """A delivered file whose dead letters and damaged bytes are durable, and the numbers of discarded ones."""
 
     delivered: DeliveredFile
     discarded: set[PurgedKind]
@@ -404,7 +405,7 @@ class _RequiredSpace(NamedTuple):
 
 
 class _HeldFile(NamedTuple):
-    """When to send and settle a file again, and how often that has failed."""
+    """When to send and settle a file again, and how often settling it has failed."""
 
     retry_at_s: float  # monotonic seconds
     failures: int

@@ -28,8 +28,8 @@ class StatusReporter:
         self._lease = lease
         self.state = State("idle")
         self.last_error = ""
-        self.pacing_note = ""  # the reason of `draining` while the rate is bounded after a failure
-        self.warnings: dict[str, str] = {}  # by file name, or by what else they are about; any makes the state `degraded`
+        self.pacing_note = ""  # the reason shown in the state `draining` while the rate is limited after a failure
+        self.warnings: dict[str, str] = {}  # by file name or by another subject; any warning makes the state `degraded`
 
     def transition(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
         """Enter a state. Nothing is logged if only the time of the next attempt changes."""
@@ -66,7 +66,7 @@ class StatusReporter:
             self.transition(name, self.pacing_note if name == "draining" else "")
 
     def warn(self, subject: str, text: str) -> bool:
-        """Add a warning that a person should look at; whether it is new."""
+        """Add a warning for a person to look at; return whether it is new."""
         is_new = self.warnings.get(subject) != text
         self.warnings[subject] = text
         return is_new
@@ -76,5 +76,5 @@ class StatusReporter:
         self.warnings.pop(subject, None)
 
     def heartbeat(self, *, now: bool = False) -> None:
-        """Show other processes that this one lives, at most once a second unless it must be `now`."""
+        """Write the heartbeat, at most once a second unless it must be `now`."""
         self._lease.write_heartbeat(self.state, self._counters.delivered, self.last_error, now=now)

@@ -47,7 +47,7 @@ log = logging.getLogger("pillarbox")
 
 _TAKEOVER_POLL_S: Final = 0.5  # between two attempts to acquire the lease
 _CLOSE_TIMEOUT_S: Final = 5.0  # for a sink to close
-_FAILED_SETTLEMENTS_MAX: Final = 3  # in a row: then the disk is at fault, not the files
+_FAILED_SETTLEMENTS_MAX: Final = 3  # consecutive errors after which the disk is at fault, not the files
 
 
 class _Ending(Exception):  # noqa: N818 - no error: `_pause` raises it and `run` catches it
@@ -64,9 +64,9 @@ class Worker:
         sink: Where batches go, and its display name.
         clock: Where time comes from.
         config: The operator's settings.
-        callbacks: What the outbox or the command is told.
-        ledger: Where counts go; None counts nothing.
-        durability: Of the outbox in this process, for the heartbeat; empty if it only delivers.
+        callbacks: Functions of the outbox or the command that the worker reports to.
+        ledger: Where counts are written; None: nowhere.
+        durability: Durability of the outbox in this process, for the heartbeat; empty if this process only delivers.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Worker:
 
     @property
     def state(self) -> State:
-        """What the worker is doing."""
+        """The current state."""
         return self._status.state
 
     @property
@@ -125,7 +125,7 @@ class Worker:
         self._call_in_loop(self._set_work)
 
     def end(self) -> None:
-        """Deliver what can be delivered without waiting, then return from `run`; from any thread."""
+        """Deliver what needs no waiting, then return from `run`; may be called from any thread."""
         self._end_requested = True  # before the loop is looked up: `run` sets the loop first and reads this afterwards
         self._call_in_loop(self._set_end)
 
@@ -185,7 +185,7 @@ class Worker:
             await self._rest()
 
     async def _belongs_to_queues(self) -> bool:
-        """Whether the directory has queues, after a wait: this worker must not take batches that are for other sinks too."""
+        """Whether the directory has queues; waits if so, because this worker must not deliver batches of several sinks."""
         queues = self._directory.queues()
         if queues:
             names = ", ".join(queue.sink for queue in queues)
@@ -207,13 +207,13 @@ class Worker:
             )
 
     def _note_outage(self) -> None:
-        """After an outage, all that waits is the backlog."""
+        """After an outage, make all pending batches the backlog."""
         if self._sender.outages != self._known_outages:
             self._known_outages = self._sender.outages
             self._fetcher.start_backlog()
 
     async def _rest(self) -> None:
-        """Report that nothing can be sent now, and wait for something to do."""
+        """Report that nothing can be sent now, and wait until there may be something to send."""
         undecided = len(self._poison_tracker.undecided())
         if self._poison_tracker.is_circuit_open:
             await self._stop_delivery()
@@ -233,7 +233,7 @@ class Worker:
     # Sending.
 
     async def _drain(self) -> bool:
-        """Send what is scheduled; whether anything was sent."""
+        """Send the scheduled batches; return whether any was sent."""
         progress = False
         self._fetcher.start_drain()
         window = max(1, self._sink.capabilities.unconfirmed_max)
@@ -246,7 +246,7 @@ class Worker:
             self._fetcher.schedule_live(self._work)
             request = self._fetcher.next_request()
             if self._fetcher.waits_for_lock():
-                # A process that dies releases the file in a moment, and its turn comes before the others'.
+                # The file's turn is first, and if a dying process has locked it, the lock is released in a moment.
                 if request is not None:
                     request.close_files(self._directory.filesystem)
                 self._fetcher.drop_pending()
@@ -295,7 +295,7 @@ class Worker:
             self._settler.settle_batch(sent)
 
     def _defer_request(self, request: SendRequest, result: SendResult) -> None:
-        """Send the batch again later: all of it was rejected, which proves nothing yet."""
+        """Defer a batch that was wholly rejected, which proves nothing yet."""
         request.close_files(self._directory.filesystem)
         if len(request.files) > 1:
             self._poison_tracker.send_alone.update(file.name for file in request.files)
@@ -306,7 +306,7 @@ class Worker:
         self._poison_tracker.defer_batch(request.files[0].name, reason, result.history, self._clock.monotonic())
 
     async def _await_calls(self, remaining: int) -> None:
-        """Wait until at most so many requests are in flight. Raises what one of them has raised."""
+        """Wait until at most `remaining` requests are in flight. Raises the exception of one that has failed."""
         while len(self._in_flight) > remaining:
             done, _ = await asyncio.wait(self._in_flight, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -335,7 +335,7 @@ class Worker:
         return False
 
     async def _stop_delivery(self) -> None:
-        """Report the open circuit breaker and wait. One batch is tried each time, until one is accepted."""
+        """Report the open circuit breaker and wait. Each time one batch is tried, until one is accepted."""
         self.counters.failed_flushes += 1
         self._sender.note_unreachable()
         in_row = self._poison_tracker.rejected_in_row() + self._poison_tracker.dead_lettered_batches
@@ -347,7 +347,7 @@ class Worker:
         await self._pause(self._config.recheck_s)
 
     async def _wait_for_confirms(self, window: int) -> bool:
-        """Wait until fewer batches than `window` are unconfirmed; whether some must be sent again."""
+        """Wait until fewer than `window` batches are unconfirmed; return whether some must be sent again."""
         problem = await self._confirmer.wait_for_room(window)
         if isinstance(problem, Misconfigured):
             await self._hold_delivery("stopped", problem.reason, self._config.recheck_s)
@@ -387,7 +387,7 @@ class Worker:
         return self._is_open
 
     async def _close_all(self) -> None:
-        """Release files, lease and sink, whatever ended the loop and whatever goes wrong here."""
+        """Release files, lease and sink, even if one of these steps fails."""
         try:
             await self._finish_calls()
         finally:
@@ -401,12 +401,12 @@ class Worker:
                 self.lease.release()
                 try:
                     async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                        await self._sink.close()  # also if `open` has failed: it may have come halfway
+                        await self._sink.close()  # also if `open` has failed, because it may have opened a part
                 except Exception as error:  # noqa: BLE001 - a sink may be anybody's code
                     log.warning("%s: closing the sink failed: %s", self._sink_name, describe_error(error))
 
     async def _finish_calls(self) -> None:
-        """End all calls to the sink. If the worker was told to end, each may finish by itself."""
+        """End all calls to the sink. If the worker was told to end, calls may finish first."""
         self._confirmer.stop_asking()
         tasks = set(self._in_flight)
         if not tasks:
@@ -415,13 +415,13 @@ class Worker:
             if self._housekeeping.end.is_set() and not is_being_cancelled():
                 await asyncio.wait(tasks)
         finally:
-            await asyncio.sleep(0)  # each has begun then, and closes its files
+            await asyncio.sleep(0)  # so each has started, and closes its files
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
             for task in tasks:
                 if not task.cancelled():
-                    task.exception()  # retrieved, or asyncio would log it; what ended the loop is reported instead
+                    task.exception()  # otherwise asyncio would log it; the exception that ended the loop is reported instead
             self._in_flight.clear()
 
 

@@ -1,4 +1,4 @@
-"""The child process: delivers a directory for as long as its parent lives and wants it to."""
+"""The child process: delivers a directory until its parent tells it to stop or ends."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ log = logging.getLogger("pillarbox")
 
 _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_REPORT_IDLE_S: Final = 0.25  # between two checks for news while no file is settled
-_REPORT_INTERVAL_S: Final = 0.05  # between two reports at least: each takes the parent's GIL from its callers
+_REPORT_IDLE_S: Final = 0.25  # between two checks for something to report while no file is settled
+_REPORT_INTERVAL_S: Final = 0.05  # shortest time between two reports: each takes the parent's GIL from callers of `enqueue`
 _LOG_LINES_MAX: Final = 1000  # buffered for a parent that does not read; the oldest are dropped
-_FILES_MAX: Final = 10_000  # the same for settled files; the parent lists the directory anyway
-_SURPLUS_S: Final = 1.0  # on standby for so long, this child is not needed; before, the other process may be about to end
-_LAST_REPORT_S: Final = 1.0  # for the last report
+_FILES_MAX: Final = 10_000  # settled files buffered for such a parent, which lists the directory anyway
+_SURPLUS_S: Final = 1.0  # a child that is on standby for longer is not needed; at first the other process may be about to end
+_LAST_REPORT_S: Final = 1.0  # time for the last report
 
 
 def main(descriptor: int) -> None:
-    """Run the child. `descriptor` is its end of the socket to the parent."""
+    """Run the child; `descriptor` is its end of the socket to the parent."""
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -99,7 +99,7 @@ def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, 
 
 
 def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter) -> None:
-    """Start and stop delivery as the parent says. A notification does not wait for a stop that is under way."""
+    """Start and stop delivery on the parent's orders. A notification does not wait for a stop that is under way."""
     orders: SimpleQueue[bytes] = SimpleQueue()
 
     def read_orders() -> None:

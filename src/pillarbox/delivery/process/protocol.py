@@ -55,7 +55,7 @@ class LogLine(msgspec.Struct, tag="line"):
 
 
 class StatsReport(msgspec.Struct, tag="report"):
-    """How delivery is going. Lists cover the time since the last report, numbers the time since the child started."""
+    """The stats of delivery. Lists cover the time since the last report; numbers, the time since the child started."""
 
     sinks: dict[str, SinkStats]
     released_bytes: list[int]  # of each file

@@ -1,4 +1,4 @@
-"""The parent's side: starts a child if no other process delivers, reads its reports, restarts it and ends it."""
+"""The parent's side: starts a child if no other process delivers, reads its reports, restarts it, and ends it."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _STANDBY_POLL_S: Final = 0.25  # between two attempts to acquire the lease
-_START_TIMEOUT_S: Final = 30.0  # for an interpreter to start and import; meanwhile no other process can deliver
-_KILL_GRACE_S: Final = 1.0  # beyond the time that the child is given to end; then it is killed
-_REAP_TIMEOUT_S: Final = 5.0  # for a child that has closed its socket to end
-_STABLE_AFTER_S: Final = 10.0  # a child that lives so long did not fail to start
+_START_TIMEOUT_S: Final = 30.0  # time for the child to start and import; meanwhile no other process can deliver
+_KILL_GRACE_S: Final = 1.0  # after the time that the child has to end; then it is killed
+_REAP_TIMEOUT_S: Final = 5.0  # time to end for a child that has closed its socket
+_STABLE_AFTER_S: Final = 10.0  # a child that lives for so long has started successfully
 _RESTART_BACKOFF: Final = Backoff()
 _CHILD_CODE: Final = (
     "import sys; sys.path.append(sys.argv[2]); from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
@@ -218,7 +218,7 @@ class Supervisor:
             self._child.send_order(STOP + f"{left:.3f}".encode())
 
     def _set_state(self, name: StateName, reason: str, retry_in: float | None = None) -> None:
-        """Set the state of all sinks while there is no child. Logs each change once."""
+        """Set the state of all sinks while there is no child, and log each change once."""
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         state = State(name, reason, retry_at)
         before = self._logged_reason
@@ -235,8 +235,8 @@ class Supervisor:
 def find_interpreter() -> str:
     """The Python that a child process runs on; empty if there is none.
 
-    A frozen application is started again by its `sys.executable`, and a server that embeds Python is no Python either: if the
-    server's installation has one, that is used.
+    In a frozen application `sys.executable` is the application itself, and in a server that embeds Python it is the server. If
+    the server's installation has a Python, that is used.
     """
     if getattr(sys, "frozen", False):
         return ""
@@ -250,7 +250,7 @@ class _ChildProcess:
     """A child process and the socket to it."""
 
     def __init__(self, working_directory: str) -> None:
-        """Start it in a directory, or in that of this process if the directory is gone."""
+        """Start the child in a working directory, or in that of this process if the directory is gone."""
         with (
             _fork_lock
         ):  # a process forked meanwhile must not inherit the socket, or neither end would notice the other's death
@@ -276,11 +276,11 @@ class _ChildProcess:
     def send_setup(self, settings: msgspec.Raw) -> None:
         """Send the settings, and what it needs to import what they name."""
         setup = ChildSetup([path for path in sys.path if isinstance(path, str)], log.getEffectiveLevel(), settings)
-        with contextlib.suppress(OSError):  # it has ended already, and so will `read_messages`
+        with contextlib.suppress(OSError):  # the child has ended already, so `read_messages` will end too
             self._socket.sendall(msgspec.json.encode(setup) + b"\n")
 
     def read_messages(self) -> Iterator[bytes]:
-        """Yield its messages until it ends. Kills it if the first does not come in time."""
+        """Yield the child's messages until it ends. Kills it if the first message does not come in time."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(_START_TIMEOUT_S * 1000):
@@ -288,7 +288,7 @@ class _ChildProcess:
         return read_lines(self._socket)
 
     def send_order(self, order: bytes) -> None:
-        """Send an order, if the socket takes it."""
+        """Send an order, unless the socket is full or closed."""
         with contextlib.suppress(
             OSError
         ):  # `stop` kills a child that does not read; one that has ended is noticed by its socket
@@ -318,7 +318,7 @@ class _ChildProcess:
 
 
 def _add_stats(before: SinkStats | None, now: SinkStats) -> SinkStats:
-    """The sum of the counts, with the state of `now` and the later error."""
+    """Add the counts; the state is that of `now`, and the error is the later one."""
     if before is None:
         return now
     sums = {name: getattr(before, name) + getattr(now, name) for name in COUNTER_FIELDS}
