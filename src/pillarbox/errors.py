@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from pillarbox.redaction import redact_text
 
-_VALUE_CHARS_MAX: Final = 1000  # of a setting's value in a message
+_VALUE_CHARS_MAX: Final = 1000  # characters of a setting's value that a message shows
 
 
 class PicklableError(Exception):
     """An exception that can be pickled and copied whatever its constructor takes.
 
-    Otherwise a pool would wait for ever for a process that raised it.
+    Otherwise a process pool would wait forever for a worker that raised it.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -23,7 +23,7 @@ class PicklableError(Exception):
 
 
 def _restore_error(kind: type[PicklableError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> PicklableError:
-    """Make an exception again without calling its constructor, which takes other arguments."""
+    """Restore an exception without calling its constructor, which takes other arguments."""
     error = kind.__new__(kind, *arguments)
     error.args = arguments
     error.__dict__.update(attributes)
@@ -69,7 +69,7 @@ class ConfigurationError(UsageError):
 
 
 def _shown_value(value: object) -> str:
-    """A value as Python writes it, without the secrets of URLs in it, and without the end of a long one."""
+    """The `repr` of a value, shortened, and without secrets of URLs in it."""
     text = repr(redact_text(value)) if type(value) is str else redact_text(repr(value))
     return text if len(text) <= _VALUE_CHARS_MAX else f"{text[:_VALUE_CHARS_MAX]}..."
 
@@ -121,7 +121,7 @@ class SinkUnusableError(OperationalError):
 
 
 class FileUnusableError(OperationalError):
-    """A file with one of Pillarbox's names is a link, a device or another user's. It is skipped and never changed.
+    """A file with a name of the store is a link, a device or another user's. It is skipped and never changed.
 
     Attributes:
         path: The file.

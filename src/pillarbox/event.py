@@ -34,13 +34,13 @@ __all__ = [
     "without_post_init",
 ]
 
-EVENT_BYTES_MAX: Final = 256 * 1024  # of one event as JSON; something larger is a document
+EVENT_BYTES_MAX: Final = 256 * 1024  # bytes of one event as JSON; anything larger is a document and not an event
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 
 
 class ScopeKind(StrEnum):
-    """What `scope_id` identifies. Other texts can be stored too; a destination may reject an event with one."""
+    """What `scope_id` identifies. An event may have any other text, which the destination may reject."""
 
     SITE = "Site"
     MODULE = "Module"
@@ -119,7 +119,7 @@ def _check_event(event: TrackingEvent) -> None:
             _check_text(field, value)
     if event.metadata_json != "{}":
         try:
-            _check_json(str.encode(event.metadata_json))  # msgspec accepts no subclass of str
+            _check_json(str.encode(event.metadata_json))  # msgspec does not encode subclasses of str
         except msgspec.DecodeError as error:
             raise InvalidEventError("metadata_json", f"is not JSON: {error}") from None
     micros = event.occurred_at_micros
@@ -152,13 +152,13 @@ class TrackingEvent(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         event_id: Unique id. Default: a UUIDv7.
         event_key: What happened, for example "page_view".
         scope_kind: What kind of thing it happened to; see `ScopeKind`.
-        scope_id: Which one.
-        user_id: Who did it.
-        owner_user_id: Whose thing it is.
-        profile_id: With which profile.
-        module_key: In which module of the application.
+        scope_id: Id of that thing.
+        user_id: Id of the user who did it.
+        owner_user_id: Id of the user who owns the thing.
+        profile_id: Id of the user's profile.
+        module_key: Module of the application in which it happened.
         metadata_json: Anything else, as JSON text.
-        occurred_at_micros: When, in microseconds since 1970, as an int64. Default: now.
+        occurred_at_micros: When it happened, in microseconds since 1970, as an int64. Default: now.
 
     Raises:
         InvalidEventError: A field has the wrong type, or `metadata_json` is not JSON.
@@ -184,7 +184,7 @@ if COMPILED:
 
 
 def without_post_init(event_type: type[msgspec.Struct]) -> type[msgspec.Struct]:
-    """A type with the same fields to decode stored events as, without `__post_init__`: it ran before they were stored."""
+    """A type with the same fields but without `__post_init__`, to decode stored events: it ran before they were stored."""
     if not hasattr(event_type, "__post_init__"):
         return event_type
     config = event_type.__struct_config__

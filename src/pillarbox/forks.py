@@ -1,7 +1,7 @@
-"""What a forked child must do before it goes on: take new locks, new random numbers, and let go of the parent's files.
+"""What a forked child must do before it continues: make new locks and random numbers, and close the parent's files.
 
-A fork that Python makes calls hooks. A fork that C code makes, as uWSGI does, calls none: it is noticed at the next use.
-`check_fork` is quick, and is called wherever an application comes in.
+A fork by Python calls hooks. A fork by C code, as in uWSGI, calls none, and is noticed at the next use. `check_fork` is quick,
+and every function that an application calls begins with it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _hook_ran = False
 
 
 def after_fork_in_child(callback: Callable[[], object], *, last: bool = False) -> None:
-    """Call `callback` in each forked child from now on; `last` is for what uses the locks that the others renew."""
+    """Call `callback` in each forked child from now on; `last` is for callbacks that use locks which other ones renew."""
     (_last if last else _first).append(callback)
 
 
 def was_forked_in_c() -> bool:
-    """For the callbacks: whether no hook ran before the fork, and other threads may have been in the middle of something."""
+    """For callbacks: whether no hook ran before the fork, so that other threads may have been in the middle of an operation."""
     return not _hook_ran
 
 
@@ -55,8 +55,8 @@ def _handle_fork() -> None:
 def _handle_c_fork() -> None:
     """Handle a fork that called no hook.
 
-    Python's own lock may be in the hands of a thread that does not exist here. So the interpreter is reset as after a fork of
-    its own, which calls the hooks. That must not be done where other threads run already, and they show that it is not needed.
+    A thread that does not exist here may hold the interpreter's own locks. So the interpreter is reset as after a fork of its
+    own, which calls the hooks. That must not be done if other threads run already; that they run shows that it is not needed.
     """
     if _is_only_thread():
         speedups.reset_interpreter() if COMPILED else ctypes.pythonapi.PyOS_AfterFork_Child()
@@ -67,7 +67,7 @@ def _handle_c_fork() -> None:
 def _is_only_thread() -> bool:
     try:
         return stat("/proc/self/task").st_nlink == _LINKS_WITHOUT_SUBDIRECTORY + 1  # noqa: PTH116 - no path is at hand
-    except OSError:  # another system than Linux
+    except OSError:  # not on Linux
         return False
 
 

@@ -1,4 +1,4 @@
-"""All outboxes of the process: what happens to them at a fork, at the exit of the program, and when their class is patched."""
+"""All outboxes of the process: their handling at a fork, at the exit of the program, and when their class is patched."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from weakref import WeakSet
 from pillarbox.clock import SystemClock
 from pillarbox.forks import after_fork_in_child
 
-EXIT_TIMEOUT_S: Final = 2.0  # for the last deliveries of all outboxes together when the program exits
+EXIT_TIMEOUT_S: Final = 2.0  # time for the last deliveries of all outboxes together when the program exits
 
 
 class ManagedOutbox(Protocol):
-    """An `Outbox`, as far as this module uses it."""
+    """The part of an `Outbox` that this module uses."""
 
     def _begin_close(self) -> bool:
-        """Accept nothing more, and begin to seal. False if there is nothing to close."""
+        """Stop accepting events, and start to seal. False if there is nothing to close."""
 
     def _finish_close(self, timeout: float) -> None:
-        """Seal, and deliver what can be delivered without waiting."""
+        """Seal, and deliver what needs no waiting."""
 
     def _reset_after_fork(self) -> None:
         """In a forked child: drop what belongs to the parent."""
 
     def _shadow_enqueue(self) -> None:
-        """Let the instance have a faster `enqueue`, unless the class's was replaced."""
+        """Give the instance a faster `enqueue`, unless that of its class was replaced."""
 
 
 class OutboxMeta(ABCMeta):
@@ -48,12 +48,12 @@ class OutboxMeta(ABCMeta):
 
 
 def add_outbox(outbox: ManagedOutbox) -> None:
-    """Have an outbox take part, for as long as something else refers to it."""
+    """Add an outbox, for as long as something else refers to it."""
     _outboxes.add(outbox)
 
 
 def keep_from_parent(*objects: object) -> None:
-    """In a forked child: keep objects of the parent for good, so that nothing of them is closed or released here."""
+    """In a forked child: keep the parent's objects alive, so that the child never closes or releases anything of theirs."""
     _kept_from_parent.append(objects)
 
 

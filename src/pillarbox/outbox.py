@@ -1,7 +1,7 @@
 """`Outbox`, the class that an application uses.
 
-It makes the parts (encoder, writer, group committer, sealer, delivery runner), starts and stops them, and makes them anew in a
-forked child. What they do is in `codec.py`, `store/` and `delivery/`.
+It creates the parts (encoder, writer, group committer, sealer, delivery runner), starts and stops them, and creates new ones in
+a forked child. The parts are in `codec.py`, `store/` and `delivery/`.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-CALL_BYTES_MAX: Final = 16 * 2**20  # of one call of `enqueue_many`: it becomes one write, and is read back as one batch
-_BUSY_PERIOD_S: Final = 10.0  # after the last event, for which the delivery worker yields the GIL every few records
+CALL_BYTES_MAX: Final = 16 * 2**20  # bytes of one call of `enqueue_many`: they are written at once, and read back in one batch
+_BUSY_PERIOD_S: Final = 10.0  # how long after the last event the delivery worker still yields the GIL every few records
 
 
 class Outbox(metaclass=OutboxMeta):
@@ -149,7 +149,7 @@ class Outbox(metaclass=OutboxMeta):
         self._start_lock = threading.RLock()
         self._closed = False
         self._filesystem = local_filesystem()
-        self._working_directory = working_directory()  # what relative paths refer to, wherever the process goes later
+        self._working_directory = working_directory()  # what relative paths refer to, even if it changes later
         self._directory = directory_at(absolute_path(settings.directory), self._filesystem, self._clock)
         self._is_power_default = settings.durability == "power"
         self._power_checked = not settings.enabled
@@ -161,11 +161,11 @@ class Outbox(metaclass=OutboxMeta):
         lifecycle.add_outbox(self)
 
     def _create_process_state(self) -> None:
-        """Make the parts that belong to one process. A forked child calls it too: it must not use its parent's."""
+        """Create the parts that belong to one process. A forked child calls this too, because it must not use its parent's."""
         settings = self.settings
         self._started = False
         self._is_starting = False
-        self._start_problem = ""  # why the outbox could not start, as it was logged
+        self._start_problem = ""  # the logged reason why the outbox could not start
         self._busy_accepted = 0
         self._busy_since = -_BUSY_PERIOD_S
         self._runner: Runner | None = None
@@ -318,7 +318,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def _report_drops(self, totals: dict[str, int]) -> None:
         if self.settings.when_full == "block" and not self._closed:
-            # Such a drop is taken back before the next attempt; it stays only if the caller was cancelled meanwhile.
+            # The drop is uncounted before the next attempt; it stays only if the caller was cancelled meanwhile.
             totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
         self._hooks.report_drops(totals)
 
@@ -363,7 +363,7 @@ class Outbox(metaclass=OutboxMeta):
         return self._append_event(event, durability="process")
 
     def _start_power_append_slowly(self, line: bytes) -> CommitFuture | Outcome:
-        """Start a commit for a coroutine, and the outbox if this is its first event."""
+        """Start a commit for a coroutine; also start the outbox if this is its first event."""
         answer = self._committer.start_commit(line, 1)
         if answer is None:
             reason = self._start_or_reason()
@@ -387,7 +387,7 @@ class Outbox(metaclass=OutboxMeta):
         return durability == "power"
 
     def _check_power(self) -> None:
-        """Check, before the first "power", that it can be kept; raises `DirectoryUnusableError`."""
+        """Check, before the first event with "power", that the directory supports it; raises `DirectoryUnusableError`."""
         self._directory.check_power_durability()
         self._power_checked = True
         advice = "set keep_delivered, so that `pillarbox redeliver` can deliver them again"
@@ -410,7 +410,7 @@ class Outbox(metaclass=OutboxMeta):
         return "would_block" if self._is_starting else "io_error"
 
     def _start(self) -> bool:
-        """Count the pending batches and start the threads; returns False where that is impossible, and nothing runs then."""
+        """Count the pending batches and start the threads; False if that is impossible, and then nothing runs."""
         check_fork()
         with self._start_lock:
             if self._started or not self.settings.enabled or self._closed or self._is_starting:
@@ -435,7 +435,7 @@ class Outbox(metaclass=OutboxMeta):
         return self._started
 
     def _start_parts(self, usage: DiskUsage) -> str:
-        """Start the threads, and then the writer. Returns why not, or nothing."""
+        """Start the threads, and then the writer. Returns the problem if that is impossible, otherwise ""."""
         self._directory.seal_after(usage.newest_sealed_at)
         self._sealer.quota.check_free_space()
         try:
@@ -501,7 +501,7 @@ class Outbox(metaclass=OutboxMeta):
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
         check_fork()
-        # First the sinks: the files whose events are counted as delivered do not wait then.
+        # Read the sinks first, so that files whose events are counted as delivered are not counted as pending too.
         sinks = self._runner.sinks() if self._runner is not None else {}
         total = combine_stats(sinks)
         problem = f"cannot start: {self._start_problem}" if self._start_problem else self._sealer.problem
@@ -509,7 +509,7 @@ class Outbox(metaclass=OutboxMeta):
             total = total.as_degraded(problem)
         accepted, sealed = 0, dict(self._sealer.sealed)
         if self._started:
-            # Whatever a listing has missed already and is then told to be gone is counted twice, until the next listing.
+            # A file that a listing has missed already and that is then released is subtracted twice, until the next listing.
             pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending_counts())
         elif self.settings.enabled:
             pending_bytes, pending_files = self._directory.pending()
@@ -543,7 +543,7 @@ class Outbox(metaclass=OutboxMeta):
             self._finish_close(timeout)
 
     def _begin_close(self) -> bool:
-        """Accept nothing more, and begin to seal. False if there is nothing to close."""
+        """Stop accepting events, and start to seal. False if there is nothing to close."""
         check_fork()
         with self._start_lock:
             if self._closed:
@@ -561,7 +561,7 @@ class Outbox(metaclass=OutboxMeta):
             self._runner.notify()
             self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
         self._committer.stop()
-        self._ledger.write(sync=False)  # entries that could not be written while another process held its lock
+        self._ledger.write(sync=False)  # writes entries that could not be written while another process held the ledger's lock
 
     def __enter__(self) -> Self:
         self._start()
@@ -577,9 +577,9 @@ class Outbox(metaclass=OutboxMeta):
 
     def _reset_after_fork(self) -> None:
         """In the child: drop the parent's files, locks and threads without closing or releasing them."""
-        lifecycle.keep_from_parent(self._runner, self._sinks)  # even closing an SQLite connection here would be wrong
+        lifecycle.keep_from_parent(self._runner, self._sinks)  # SQLite forbids even to close a parent's connection
         if self._sink_objects:
-            # Its connections are the parent's. From a URL the child makes a sink of its own.
+            # The connections of the object are the parent's. If the sink is a URL, the child makes its own.
             self._sink_objects, self._delivers = {}, False
             log.warning("%s: a sink object cannot be used after fork; this process only stores events", self.name)
         self._start_lock = threading.RLock()

@@ -20,7 +20,7 @@ _SCHEMES_WITH_KEYS: Final = ("http", "https")  # the path of a webhook often con
 _KEY_CHARS_MIN: Final = 16  # a path segment of at least this length with a digit in it looks like a key
 _SECRET_CHARS_MIN: Final = 4  # a shorter secret is not replaced, because it would match in ordinary text
 _EMBEDDED_CHARS_MIN: Final = 8  # a shorter piece of Base64 would match in ordinary text
-TEXT_BYTES_MAX: Final = 4096  # of what a destination sends are searched for something to quote, however much there is
+TEXT_BYTES_MAX: Final = 4096  # bytes of what a destination sends that are searched for something to quote
 _OMITTED: Final = "..."
 
 
@@ -64,7 +64,7 @@ def redact_url(url: str) -> str:
         return f"{url.partition(':')[0]}://..."
     host = parts.netloc.rpartition("@")[2]
     if not parts.scheme and (":" in url or "@" in url):
-        return _OMITTED  # no URL at all, but perhaps meant as one
+        return _OMITTED  # not a URL, but perhaps meant as one
     if parts.netloc and "@" not in parts.netloc and "@" in url:
         return f"{parts.scheme}://..."
     path = "/".join(map(redact_path_segment, parts.path.split("/"))) if parts.scheme in _SCHEMES_WITH_KEYS else parts.path
@@ -128,7 +128,7 @@ class Redactor:
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         atoms = {secret for secret in secrets if len(secret) >= _SECRET_CHARS_MIN}
         forms = {form for atom in atoms for form in _encoded_forms(atom) if len(form) >= _SECRET_CHARS_MIN}
-        # The longest first: otherwise the end of a secret that begins with another one would show.
+        # Replace the longest first: otherwise the end of a secret that begins with another one would stay visible.
         self._forms = sorted(forms, key=len, reverse=True)
 
     def __repr__(self) -> str:
@@ -178,7 +178,7 @@ def _encoded_forms(atom: str) -> Iterator[str]:
 
 
 def _percent_forms(data: bytes) -> Iterator[str]:
-    """As browsers, form encoders and proxies write it, once and twice encoded, with hexadecimal digits of either case."""
+    """The percent-encoded forms of browsers, form encoders and proxies, once and twice encoded, with digits of either case."""
     everything = "".join(f"%{byte:02X}" for byte in data)
     once = {quote(data, safe=safe) for safe in ("", "/", "!'()*", "!'()*;,/?:@&=+$#")} | {everything}
     once |= {text.replace("%20", "+") for text in once}
@@ -193,7 +193,7 @@ def _with_lower_hex(text: str) -> str:
 
 
 def _json_forms(atom: str) -> Iterator[str]:
-    """As in a JSON string: escapes for ASCII only or not, for slashes or not, for what HTML uses or not; also twice."""
+    """The forms in a JSON string: with and without escapes for non-ASCII, slashes and HTML characters; also encoded twice."""
     for ascii_only in (True, False):
         once = json.dumps(atom, ensure_ascii=ascii_only)[1:-1]
         in_html = "".join(f"\\u{ord(char):04x}" if char in "<>&'+=" else char for char in once)
@@ -204,7 +204,7 @@ def _json_forms(atom: str) -> Iterator[str]:
 
 
 def _html_forms(atom: str) -> Iterator[str]:
-    """As in HTML and XML, with the entities of several libraries."""
+    """The forms in HTML and XML, with the entities of several libraries."""
     escaped = html.escape(atom)
     for quotation, apostrophe in (("&quot;", "&#x27;"), ("&quot;", "&#39;"), ("&#34;", "&#39;"), ("&quot;", "&apos;")):
         text = escaped.replace("&quot;", quotation).replace("&#x27;", apostrophe)
@@ -214,7 +214,7 @@ def _html_forms(atom: str) -> Iterator[str]:
 
 
 def _base64_forms(data: bytes) -> Iterator[str]:
-    """In Base64, alone or inside of something else: there are three ways in which the bytes can fall on the digits."""
+    """The forms in Base64, alone or inside other text: the bytes can be aligned with the digits in three ways."""
     for alphabet in (None, b"-_"):
         yield b64encode(data, alphabet).decode()
         for before in range(3):

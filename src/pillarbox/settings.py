@@ -41,7 +41,7 @@ AGE_MAX_S: Final = 100 * 365 * 86_400.0  # added to the present in microseconds,
 RATE_MIN: Final = 0.001  # events/s; keeps the pause between two sends finite
 RATE_MAX: Final = 1e9  # events/s
 IN_FLIGHT_MAX: Final = 64  # batches; each batch in flight is in memory
-_NAME_SHOWN_CHARS_MAX: Final = 64  # something longer is not a name; it may be a token
+_NAME_SHOWN_CHARS_MAX: Final = 64  # a longer text is not a name; it may be a token
 _BOOLEANS: Final = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 _TIME_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _SIZE_UNITS: Final = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -98,7 +98,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def delivery_config(self) -> DeliveryConfig:
-        """What the delivery worker needs of them."""
+        """The settings of the delivery worker."""
         return DeliveryConfig(
             poll_interval_s=self.flush_interval,
             backoff=Backoff(max_s=self.backoff_max),
@@ -131,7 +131,7 @@ class _InvalidValueError(PicklableError):
     def __init__(self, advice: str, *, shows_value: bool = True) -> None:
         super().__init__(advice)
         self.advice = advice
-        self.shows_value = shows_value  # False: it may hold a secret, or is not what is wrong
+        self.shows_value = shows_value  # False: the value may hold a secret, or is not the cause of the error
 
 
 def _parse_bool(value: object) -> bool:
@@ -225,7 +225,7 @@ def _parse_sinks(value: object) -> dict[str, object]:
 
 
 def _shown_name(name: object) -> str:
-    """What was written as the name of a sink; a URL that stands there by mistake is shown without its secrets."""
+    """The text given as the name of a sink; a URL given there by mistake is shown without its secrets."""
     text = redact_text(name) if isinstance(name, str) else repr(name)
     return repr(text) if len(text) <= _NAME_SHOWN_CHARS_MAX and "=" not in text else "..."
 
@@ -256,7 +256,7 @@ def _import_object(text: object, advice: str, directory: str | None) -> object:
 
 @contextmanager
 def _import_also_from(directory: str | None) -> Iterator[None]:
-    """Import modules from a directory too, inside the block; a module that is found elsewhere wins."""
+    """Inside the block, also import modules from a directory; a module that is found elsewhere has precedence."""
     if directory is None:
         yield
         return
@@ -264,7 +264,7 @@ def _import_also_from(directory: str | None) -> Iterator[None]:
     try:
         yield
     finally:
-        # A module may have changed the path: take back the last entry that is ours, wherever it is now.
+        # A module may have changed the path: remove the last entry that is ours, wherever it is now.
         at = next((at for at in reversed(range(len(sys.path))) if sys.path[at] == directory), None)
         if at is not None:
             del sys.path[at]

@@ -142,7 +142,7 @@ def judge_rejections(accepted: int, context: AttemptContext, config: DeliveryCon
     """Decide about the rejected records of a batch of which `accepted` records arrived."""
     if accepted or not config.stop_after_rejected_batches or is_expired(context, config):
         return Verdict.FINAL
-    # One acceptance proves that a few batches are bad, not all that wait: the destination may have recovered for a moment.
+    # One acceptance proves that a few batches are bad, not all pending ones: the destination may have worked for a moment.
     if context.accepted_since_rejection and context.dead_lettered_batches < config.stop_after_rejected_batches:
         return Verdict.FINAL
     rejected_batches = context.other_rejected_batches + context.dead_lettered_batches + 1

@@ -297,7 +297,7 @@ class Settler:
         return set(full)
 
     def _kinds_without_space(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
-        """The kinds of records that have too little space for a file, with a message for each. If none has, reserves it."""
+        """The kinds of records that lack space for a file, with a message for each; if there are none, reserve the space."""
         now_s = self._clock.monotonic()
         if now_s - self._measured_at >= _MEASURE_EVERY_S:
             self._used_bytes, self._measured_at = self._measure_used_bytes(""), now_s

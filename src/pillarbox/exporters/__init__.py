@@ -87,7 +87,7 @@ class MetricsExporters:
             endpoint = PrometheusExporter(host, int(port), self._sink_snapshots, collector.collect)
         except OSError as error:
             raise UsageError(f"--metrics {address}: cannot listen on this address: {error.strerror or error}") from None
-        except UnicodeError:  # a name that cannot be one of a host
+        except UnicodeError:  # a name that cannot be a host name
             raise UsageError(f"--metrics {address}: use HOST:PORT, for example 127.0.0.1:9464") from None
         log.info("serving metrics at %s", endpoint.url)
         return endpoint

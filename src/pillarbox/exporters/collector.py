@@ -1,4 +1,4 @@
-"""Reads what the metrics show of a directory: its files by kind and queue, its volume, and who holds the lease."""
+"""Collects the metrics of a directory: its files by kind and queue, its volume, and the lease."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PAUSE_FACTOR: Final = 10  # pauses ten times as long as a scan took, so that sc
 
 
 class QueueMetrics(NamedTuple):
-    """The pending batches of one sink, and the heartbeat of the process that delivers them."""
+    """The pending batches of one sink, and the heartbeat of the process that delivers to it."""
 
     sink: str
     bytes: int

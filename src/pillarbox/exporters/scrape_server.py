@@ -1,4 +1,4 @@
-"""A small HTTP server for one page, which cannot be made to hold more than a few descriptors or to wait for long.
+"""A small HTTP server for one page. No client can make it hold more than a few descriptors or wait for long.
 
 One thread serves all connections. A request must be complete within `_REQUEST_MAX_S` and its head within `_HEAD_BYTES_MAX`;
 beyond `_CONNECTIONS_MAX` connections the one that has been open for longest is closed, so that clients that send slowly or
@@ -27,9 +27,9 @@ log = logging.getLogger("pillarbox")
 
 _PATH: Final = "/metrics"
 _REQUEST_MAX_S: Final = 5.0  # for a whole request, and then for its response
-_HEAD_BYTES_MAX: Final = 8192  # of the request line and the headers
-_CONNECTIONS_MAX: Final = 8  # a scraper needs one
-_ACCEPT_PAUSE_S: Final = 1.0  # after an accept that failed for want of a descriptor
+_HEAD_BYTES_MAX: Final = 8192  # bytes of the request line and the headers
+_CONNECTIONS_MAX: Final = 8  # open connections; a scraper needs one
+_ACCEPT_PAUSE_S: Final = 1.0  # pause after an accept that failed for lack of descriptors
 _READ_BYTES: Final = 4096
 _LOCAL_NAMES: Final = ("localhost", "localhost.localdomain", "ip6-localhost")
 
@@ -88,7 +88,7 @@ class ScrapeServer:
 
     def stop(self) -> None:
         """Make `serve` return. Safe from another thread."""
-        with contextlib.suppress(OSError):  # it is full, or closed: `serve` returns anyway
+        with contextlib.suppress(OSError):  # the pipe is full or closed: `serve` returns anyway
             self._wakeup_writer.send(b"x")
 
     def serve(self) -> None:
@@ -126,7 +126,7 @@ class ScrapeServer:
             client, _ = self._listener.accept()
         except (BlockingIOError, ConnectionError):  # the client has gone
             return
-        except OSError:  # there is no descriptor left: delivery needs those that there will be more than a scraper does
+        except OSError:  # no descriptor is left, and delivery needs the next ones more than a scraper does
             self._selector.unregister(self._listener)
             self._accept_again_at = self._clock.monotonic() + _ACCEPT_PAUSE_S
             return
@@ -144,7 +144,7 @@ class ScrapeServer:
             connection.client.close()
 
     def _advance(self, connection: _Connection) -> None:
-        """Read or write as much as is possible at once."""
+        """Read or write as much as is possible without waiting."""
         try:
             if not connection.unsent:
                 self._receive(connection)
@@ -204,7 +204,7 @@ class ScrapeServer:
             return _error("500 Internal Server Error", "the metrics could not be collected")
 
     def _is_own_name(self, host: str, client: socket.socket) -> bool:
-        """Whether a request may name this machine so; behind another address than a loopback one, any name will do."""
+        """Whether a request may name this machine so; if the server listens on another address than loopback, any name may."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
             local = ipaddress.ip_address(client.getsockname()[0].partition("%")[0])

@@ -67,7 +67,7 @@ def make_sink(url: str, event_type: type[msgspec.Struct]) -> Sink:
         sink = cast("Callable[[str, type[msgspec.Struct]], Sink]", factory)(url, event_type)
     except PillarboxError:
         raise
-    except (ValueError, LookupError, RecursionError) as error:  # of the parser of URLs, or of another package's sink
+    except (ValueError, LookupError, RecursionError) as error:  # from the URL parser, or from a sink of another package
         shown = redact_url(url)
         # The secrets of a text that cannot be split are unknown.
         problem = type(error).__name__ if shown.endswith("...") else redact(str(error))

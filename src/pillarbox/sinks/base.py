@@ -65,7 +65,7 @@ class Batch:
         self.payloads = payloads
         self.first_index = first_index
         self.yield_gil = yield_gil
-        self.prepared: Any = None  # the sink's own: set by its `prepare`, used by its `deliver`
+        self.prepared: Any = None  # for the sink: set by its `prepare`, used by its `deliver`
 
     def __len__(self) -> int:
         return len(self.payloads)
@@ -116,7 +116,7 @@ class Rejected(msgspec.Struct, frozen=True):
 class PartialFailure(msgspec.Struct, frozen=True):
     """The destination rejected the records at these indexes of the batch for good.
 
-    It accepted the `accepted` other records. Where `accepted` is None it kept nothing, and the others must be sent again.
+    It accepted the `accepted` other records. If `accepted` is None, it stored nothing, and the others must be sent again.
     """
 
     rejected: dict[int, Rejection]

@@ -1,4 +1,4 @@
-"""Keeps the secrets of a URL out of what a sink of another package reports: its errors may contain the URL."""
+"""Removes the secrets of a URL from what a sink of another package reports, because its errors may contain the URL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SinkError(Exception):
 
 
 class RedactingSink:
-    """Another sink, of whose results and exceptions every text is redacted."""
+    """Wraps another sink, and redacts every text in its results and exceptions."""
 
     def __init__(self, sink: Sink, redact: Redactor) -> None:
         self._sink = sink

@@ -1,4 +1,4 @@
-"""Paths in the URLs of sinks: they stay the ones that they were when the outbox was made."""
+"""Relative paths in the URLs of sinks, which refer to the working directory at the time when the outbox was made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def absolute_url(url: str, working_directory: str) -> str:
     def with_base(match: re.Match[str]) -> str:
         return match[0] if unquote(match[2]).startswith("/") else f"{match[1]}{base}{match[2]}"
 
-    # What comes before the "#" of a web address is the destination's, and is not changed.
+    # The part of a web address before the "#" belongs to the destination, and is not changed.
     own_from = len(url.partition("#")[0]) if _WEB.match(url) else 0
     url = url[:own_from] + _FILE_OPTIONS.sub(with_base, url[own_from:])
     return _SQLITE.sub(lambda match: f"{match[1]}{base}", url, count=1) if _SQLITE.match(url) else url

@@ -6,8 +6,8 @@ import re
 from email.utils import mktime_tz, parsedate_tz
 from typing import Final
 
-RETRY_AFTER_MAX_S: Final = 1e11  # 3,000 years: still a valid date; delivery has a limit of its own
-_HEADER_CHARS_MAX: Final = 200  # of a header whose value is parsed
+RETRY_AFTER_MAX_S: Final = 1e11  # 3,000 years; a time that far ahead is still a valid date, and delivery has a limit of its own
+_HEADER_CHARS_MAX: Final = 200  # characters of a header that are parsed
 _SECONDS_FORM = re.compile(r"[+-]?\d+(\.\d*)?")
 
 

@@ -40,7 +40,7 @@ __all__ = [
 RESPONSE_BYTES_MAX: Final = 2**20  # bytes read of one response; enough to name and explain 5,000 rejected records
 _EXCERPT_CHARS_MAX: Final = 200  # characters of a response that a message quotes
 _CODE_CHARS_MAX: Final = 64
-_ENTRIES_PER_RECORD_MAX: Final = 16  # what a response may say about one record, field by field
+_ENTRIES_PER_RECORD_MAX: Final = 16  # the fields in which a response may describe one record
 _RETRYABLE: Final = frozenset({408, 409, 425, 429})
 _PERMANENT_5XX: Final = frozenset({501, 505, 511})  # the 5xx that a retry does not resolve
 _REJECTING: Final = frozenset({400, 422})
@@ -70,7 +70,7 @@ class HttpResponse(NamedTuple):
 
 
 class _BatchReport(NamedTuple):
-    """What a response body says about the events; `problem` says why that is not usable."""
+    """The content of a response body about the events; `problem` says why it is not usable."""
 
     rejected: dict[int, Rejection]
     accepted: int | None
@@ -149,7 +149,7 @@ def _classify_rejection(response: HttpResponse, indexes: Sequence[int], redact: 
     if report is not None:
         accepted = len(indexes) - len(report.rejected)
         if report.accepted or report.duplicates:
-            # The server kept some events although it responded with an error; sending these again would duplicate them.
+            # The server stored some events although it responded with an error; sending these again would duplicate them.
             if report.problem or (report.accepted or 0) + report.duplicates < accepted:
                 problem = report.problem or "does not account for each event"
                 return Misconfigured(
@@ -173,7 +173,7 @@ def _decode_json(body: bytes) -> Any:
 
 
 def _parse_report(value: Any, indexes: Sequence[int], redact: Callable[[str], str]) -> _BatchReport | None:
-    """Read what a body says about the events; None where it says nothing about them."""
+    """Parse what a body says about the events; None if it says nothing about them."""
     if not isinstance(value, dict):
         return None
     accepted, duplicates = _as_count(value.get("accepted")), _as_count(value.get("duplicates"))

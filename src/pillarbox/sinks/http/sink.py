@@ -49,7 +49,7 @@ _PLAIN_HTTP_WARNING: Final = "credentials are sent over http, where the network 
 _CONNECT_TIMEOUT_MAX_S: Final = 10.0  # part of the request's timeout, for a server that does not accept the connection
 _KEEPALIVE_S: Final = 4.0  # an idle connection is closed before the server does it; many servers do so after 5 s
 _EXCERPT_CHARS_MAX: Final = 200
-_INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # responses to OPTIONS that say nothing about POST
+_INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # statuses of responses to OPTIONS that say nothing about POST
 
 
 class HttpSink:
@@ -100,7 +100,7 @@ class HttpSink:
         if self._transport is None:
             self._credentials = read_credentials(self._settings, os.environ)
             proxy = self._credentials.proxy_url
-            # Not the pool's own limit: a waiter that is cancelled in the pool leaks its slot (encode/httpcore#1093).
+            # Not the pool's own limit, because a cancelled waiter leaks its slot in the pool (encode/httpcore#1093).
             self._connection_slots = asyncio.Semaphore(self._settings.connections)
             self._transport = httpx.AsyncHTTPTransport(
                 verify=_ssl_context(self._settings),
@@ -132,7 +132,7 @@ class HttpSink:
             case PartialFailure(rejected, accepted, duplicates):
                 return PartialFailure(body.rejected | rejected, accepted, duplicates)
             case Rejected():
-                return PartialFailure(body.rejected)  # the other records are sent again without these, and judged then
+                return PartialFailure(body.rejected)  # the other records are sent again without these
         return result
 
     def _request_headers(self, batch: Batch, content: bytes) -> list[tuple[str, str]]:
@@ -217,7 +217,7 @@ class HttpSink:
         return Retry(f"the connection to {host} broke: {self._quote(reason) or type(error).__name__}")
 
     def _quote(self, text: str) -> str:
-        """Quote a text that comes from the network or the system."""
+        """Quote a text from the network or the system, without secrets."""
         return excerpt(text, _EXCERPT_CHARS_MAX, self._credentials.redact)
 
     async def confirm(self, batches: Sequence[Batch]) -> int:

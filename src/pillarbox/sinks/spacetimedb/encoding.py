@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 _ClosedSet = tuple[tuple[str, Any], ...]  # all allowed values, as (name, value)
 _INTEGERS: Final = {f"{sign}{bits}": (sign, bits) for sign in "IU" for bits in (8, 16, 32, 64, 128, 256)}
-_PATH_CHARS_MAX: Final = 100  # of a field's path in a message
-_CHUNK_EVENTS: Final = 50  # events that are converted at once; other threads wait for the GIL meanwhile
+_PATH_CHARS_MAX: Final = 100  # characters of a field's path in a message
+_CHUNK_EVENTS: Final = 50  # events converted at a time; other threads wait for the GIL meanwhile
 _MICROS_FIELDS: Final = {"__timestamp_micros_since_unix_epoch__", "__time_duration_micros__"}
 # Fields of type str with a closed set of values. A module whose enum lacks one is misconfigured; the event is not at fault.
 _CLOSED_SETS: Final[dict[tuple[type, str], type[enum.Enum]]] = {(TrackingEvent, "scope_kind"): ScopeKind}

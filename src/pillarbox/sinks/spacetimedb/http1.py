@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CLOSED_EARLY: Final = "the server closed it without a response"
-RESPONSE_BYTES_MAX: Final = 16 * 2**20  # of one response; SpacetimeDB sends no larger ones
+RESPONSE_BYTES_MAX: Final = 16 * 2**20  # bytes of one response; SpacetimeDB sends no larger ones
 _HAPPY_EYEBALLS_DELAY_S: Final = 0.25  # delay before the host's next address is tried too (RFC 8305)
 
 
@@ -60,10 +60,10 @@ class Http1Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._closed = self._loop.create_future()
         self._transport: asyncio.Transport | None = None
-        self._response: asyncio.Future[Http1Response] | None = None  # to the request in flight
+        self._response: asyncio.Future[Http1Response] | None = None  # result of the request in flight
         self._head: h11.Response | None = None
         self._body: list[bytes] = []
-        self._body_bytes_left = 0  # until `RESPONSE_BYTES_MAX`
+        self._body_bytes_left = 0  # bytes left until `RESPONSE_BYTES_MAX`
         self._timeout_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -178,7 +178,7 @@ class Http1Connection(asyncio.Protocol):
             self._restart_timer()
 
     def _complete_response(self) -> None:
-        # Bytes after the response are no response to the next request, so the connection is not reused.
+        # Bytes that follow the response cannot answer the next request, so the connection is not reused.
         if (
             self._http.our_state is self._http.their_state is h11.DONE
             and not self._unsent_bytes()

@@ -65,7 +65,7 @@ async def new_identity(server: str) -> tuple[str, Token]:
 
 
 async def publish(server: str, database: str, token: Token, *, replace: bool = False) -> PublishResult:
-    """Publish the module for the server's version.
+    """Publish the module that matches the server's version.
 
     Args:
         server: the server's URL.

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from pillarbox.sinks.spacetimedb.schema import ReturnKind
 
-_PARTS_PER_EVENT_MAX: Final = 16  # of a function's error, which may name several fields of an event
+_PARTS_PER_EVENT_MAX: Final = 16  # parts of a function's error: it may name several fields of an event
 _EXCERPT_CHARS_MAX: Final = 500  # characters of a response that a message quotes
-_FUNCTION_ERROR_BYTES_MAX: Final = 2**20  # of a function's error, which may name every event of a call
+_FUNCTION_ERROR_BYTES_MAX: Final = 2**20  # bytes of a function's error: it may name every event of a call
 _EVENT_ERROR = re.compile(r"event\[([0-9]{1,9})\](?:\.(\w{1,64}))?: ")
 _EVENT_ERROR_SEPARATOR = re.compile(r"; (?=event\[)")
 _ARGUMENT_INDEX = re.compile(r"\[0\]\[([0-9]{1,9})\]")

@@ -14,8 +14,8 @@ AlgebraicType = dict[str, Any]
 ReturnKind = Literal["nothing", "count", "result", "value"]
 
 
-DEPTH_MAX: Final = 32  # levels of types inside of types; more only where a type contains itself
-_NAME_CHARS_MAX: Final = 200  # of a type's name in a message
+DEPTH_MAX: Final = 32  # levels of nested types; only a type that contains itself has more
+_NAME_CHARS_MAX: Final = 200  # characters of a type's name in a message
 
 
 class SchemaError(Exception):

@@ -51,7 +51,7 @@ CALL_BYTES_MAX: Final = 2 * 2**20  # the limit of servers 1.2.0 and 2.8.3; one b
 _CONFIRMING_QUERY: Final = b"SELECT COUNT(*) AS n FROM st_client"
 _CONFIRM_DELAY_MAX_S: Final = 0.1  # extra wait, so that one ping confirms several batches
 _CONFIRM_WAIT_MAX_S: Final = 10.0  # the longest wait of one `confirm`
-_NAMES_CHARS_MAX: Final = 1000  # of the module's functions, in a message
+_NAMES_CHARS_MAX: Final = 1000  # characters of the list of the module's functions in a message
 _BAD_VALUE_CALLS_MAX: Final = 3  # calls in a row rejected for a value that matches the schema; then delivery stops
 _SCHEMA_ERRORS: Final = frozenset({400, 401, 403, 404, 415})  # statuses after which the schema may have changed
 
@@ -59,7 +59,7 @@ _SCHEMA_ERRORS: Final = frozenset({400, 401, 403, 404, 415})  # statuses after w
 class _ModuleBinding(NamedTuple):
     """What `open` learned about the module, and the encoder for its function."""
 
-    schema_text: bytes  # to recognize a change
+    schema_text: bytes  # the schema as it was read, to recognize a change
     encoder: RowEncoder
     server_version: str
     confirms_by_query: bool  # whether a query waits until earlier calls are durable
@@ -208,7 +208,7 @@ class SpacetimeDbSink:
         if len(call.body) > CALL_BYTES_MAX:
             return Rejected(Rejection("too_large", f"the call has {len(call.body)} bytes; the server accepts {CALL_BYTES_MAX}"))
         if ":" not in batch.id:
-            self._unconfirmed.pop(batch.id, None)  # only the latest attempt counts
+            self._unconfirmed.pop(batch.id, None)  # an earlier attempt with the batch does not count any more
             self._unconfirmable.discard(batch.id)
         try:
             response, sent = await self._send_call(call)

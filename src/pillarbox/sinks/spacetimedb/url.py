@@ -23,7 +23,7 @@ PLAIN_HTTP_WARNING: Final = (
 )
 _OPTION_NAME: Final = re.compile(r"[a-z_]{1,24}")
 DEFAULT_FUNCTION: Final = "record_tracking_events"
-_PART_CHARS_MIN: Final = 16  # of a token's parts between dots: the claims, and the signature
+_PART_CHARS_MIN: Final = 16  # lengths from which a part of a token, the claims or the signature, counts as secret
 _URL_FORM: Final = "use spacetimedb://host:port/database?function=name, or spacetimedb+https://host/database"
 
 
@@ -41,7 +41,7 @@ class Token:
     __str__ = __repr__
 
     def redactor(self) -> Redactor:
-        """Return what removes the token from texts, and each of its parts that says something by itself."""
+        """Return a function that removes the token, and each part of it that is secret by itself, from texts."""
         parts = (part for part in self._text.split(".") if len(part) >= _PART_CHARS_MIN)
         return Redactor([self._text, *parts])
 
@@ -86,7 +86,7 @@ class SpacetimeDbSettings(NamedTuple):
         return self.token is not None and parts.scheme == "http" and not is_loopback(parts.hostname or "")
 
     def redactor(self) -> Redactor:
-        """Return what removes the token from texts."""
+        """Return a function that removes the token from texts."""
         return NO_SECRETS if self.token is None else self.token.redactor()
 
 
