@@ -6,7 +6,7 @@ that began after the write has returned as well, and the name of the file is dur
 synced again and trusted: it is rewritten, from what can be read and from the lines that are still in memory, or the caller gets
 `Dropped("io_error")`. The content of a batch file never changes, but a compressed copy may replace it. Bytes that are not a
 well-formed record are never delivered and never thrown away: they are quarantined. A delivered batch file is deleted, or
-retained where `keep_delivered` is set.
+retained if `keep_delivered` is set.
 
 FILES. The name of a file is its state, and each change of state is one rename; there is no other state. `layout.py` defines the
 names, `record.py` the lines; `docs/reference/file-format.md` shows both.
@@ -45,8 +45,8 @@ Seal times strictly increase within a process, and start after the latest one in
 LIMITS. Pending bytes and files are those of segments and batch files, and no others. An event that would exceed `max_bytes` is
 dropped and no file is created for it; at `max_files` no further segment begins; with less than `min_free_bytes` free on the
 volume every event is dropped. With eviction, the oldest batches that no process has locked are evicted instead. Retained files
-are evicted before that, and before an event is dropped for want of space. A segment is retired at `batch_size` events, at
-`batch_bytes` bytes, or `flush_interval` seconds after its first event (later while files wait). Where the disk is too slow, a
+are deleted before that, and before an event is dropped for lack of space. A segment is retired at `batch_size` events, at
+`batch_bytes` bytes, or `flush_interval` seconds after its first event (later while files wait). If the disk is too slow, a
 segment may exceed `batch_size`: by as many events again for every eight segments that wait for their sync, and up to
 `batch_bytes` without a spare. The events of one call of `enqueue_many` are in one file.
 

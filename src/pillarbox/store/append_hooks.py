@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AppendHooks(NamedTuple):
-    """How the hot path encodes an event, and the functions that it calls where it cannot simply append."""
+    """How the hot path encodes an event, and the functions that it calls if it cannot simply append."""
 
     encode: Callable[[Any], bytes]
     event_type: type

@@ -1,6 +1,6 @@
 """Compresses batch files, and decompresses files that end in `.zst`. Pure. zstd is imported only once it is needed.
 
-A frame has a checksum, and so has each line. What is decompressed before a damaged place is checked line by line, as always.
+A frame has a checksum, and so has each line. The lines before a damaged place are checked one by one, as always.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # The largest content that is compressed. A batch and one call of `enqueue_many` have 17 MiB with the default settings; a larger
-# file stays as it is. So no file of ours decompresses to more, and a forged one cannot use more memory.
+# file is not compressed. So no file of ours decompresses to more, and a forged one cannot use more memory.
 PLAIN_BYTES_MAX: Final = 64 * 2**20
-FRAMES_MAX: Final = 100  # a file of ours has one; each costs a copy of what follows it
+FRAMES_MAX: Final = 100  # frames in a file: ours have one, and each costs a copy of the bytes after it
 LEVEL: Final = 1  # compresses events to a tenth at 1 GB/s; levels 3 and 6 are slower and no smaller, 19 takes 300 times as long
 INSTALL_COMMAND: Final = "pip install 'pillarbox[zstd]'"
 _WINDOW_LOG_MAX: Final = PLAIN_BYTES_MAX.bit_length() - 1
 
 
 class Decompressed(NamedTuple):
-    """The content of a file; with a `problem`, what comes before the damaged place."""
+    """The content of a file; if it has a `problem`, only the content before the damaged place."""
 
     data: bytes
     problem: str = ""
@@ -49,7 +49,7 @@ def is_available() -> bool:
 
 
 def compress(name: str, data: bytes) -> bytes:
-    """Compress the content of a file to one frame, without the GIL. Raises `FileUnusableError` where zstd is missing."""
+    """Compress the content of a file to one frame, without the GIL. Raises `FileUnusableError` if zstd is missing."""
     zstd = _require_zstd(name)
     options = {zstd.CompressionParameter.compression_level: LEVEL, zstd.CompressionParameter.checksum_flag: 1}
     return bytes(zstd.compress(data, options=options))
@@ -58,7 +58,7 @@ def compress(name: str, data: bytes) -> bytes:
 def decompressed_lines(name: str, data: bytes) -> bytes:
     """The lines in a file with the content `data`, compressed or not, as far as they can be recovered.
 
-    Raises `FileUnusableError` where zstd is missing. `reader.read_file` also returns what is damaged.
+    Raises `FileUnusableError` if zstd is missing. `reader.read_file` also returns the damaged bytes.
     """
     return decompress(name, data).data
 
@@ -66,7 +66,7 @@ def decompressed_lines(name: str, data: bytes) -> bytes:
 def decompress(name: str, data: bytes) -> Decompressed:
     """The content of a file, decompressed if its name says that it is compressed.
 
-    Raises `FileUnusableError` where zstd is missing.
+    Raises `FileUnusableError` if zstd is missing.
     """
     if not name.endswith(layout.COMPRESSED_SUFFIX):
         return Decompressed(data)
@@ -93,7 +93,7 @@ def _require_zstd(name: str) -> ModuleType:
 
 
 def _decompress_frame(zstd: ModuleType, data: bytes, most: int) -> tuple[bytes, bytes, str]:
-    """The first frame's content of at most `most` bytes, what follows the frame, and what is wrong with it."""
+    """Decompress the first frame; returns its content of at most `most` bytes, the bytes after it, and the problem."""
 
     def begun(end: int) -> tuple[bytes, bytes, str]:
         decompressor = zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-# 1 January 2100, microseconds since 1970: the latest time from the clock that becomes a seal time. `TIMESTAMP_MAX_MICROS` is a
-# year later, so that the seal times behind it still sort after those that exist.
+# 1 January 2100, in microseconds since 1970: the latest time from the clock that is used as a seal time.
+# `TIMESTAMP_MAX_MICROS` is a year later, so that later seal times still sort after existing ones.
 _SEALED_AT_MAX_MICROS: Final = 4_102_444_800_000_000
 _CREATE_ATTEMPTS_MAX: Final = (
-    100  # attempts in a row in which recovery was quicker to lock the new file; only locks that do not work take so many
+    100  # consecutive attempts in which recovery was quicker to lock the new file; only locks that do not work take so many
 )
 OTHERS_MASK: Final = 0o077
-_COMPARE_BYTES: Final = 1 << 20  # of each of two files, in memory at a time
+_COMPARE_BYTES: Final = 1 << 20  # bytes of each of two files that are in memory at a time
 VOLATILE_FILESYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
 NETWORK_FILESYSTEMS: Final = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"})
 
@@ -49,14 +49,14 @@ class BatchPage(NamedTuple):
     """Names of batch files, in order."""
 
     names: list[str]
-    next_after: str  # the last name here if others follow it; empty where none do
-    last: str  # the last name of all
+    next_after: str  # the last name of this page if others follow it; otherwise empty
+    last: str  # the last name on any page
 
 
 class Directory:
     """An outbox directory, or the queue of one of its sinks. Shared by the threads of a process.
 
-    The queue has further hard links to batch files. A link counts once the outbox directory itself no longer has the name.
+    A queue has hard links to batch files. A link counts once the outbox directory itself no longer has the name.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Directory:
         self.parent = parent  # the outbox directory, if this is a queue
         self.sink = sink  # the sink that the queue is for
         self.filesystem = filesystem
-        self.new_id = new_id  # returns ids that no other process makes either
+        self.new_id = new_id  # returns ids that are unique among all processes
         self._clock = clock
         self._last_sealed_at = 0
         self._names_unsynced = False  # the sync after renaming has failed
-        self._has_queues = False  # or queues were requested; once True it is not checked again
-        self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, and why
+        self._has_queues = False  # queues exist or were requested; once True it is not checked again
+        self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, with the problem
         self.reset_after_fork()
 
     def reset_after_fork(self) -> None:
-        """In a forked child: take new locks, and a new suffix, so that names differ from the parent's."""
+        """In a forked child: make new locks, and a new suffix, so that names differ from the parent's."""
         self._sealed_at_lock = threading.Lock()
         self.recovery_lock = threading.Lock()  # held by `recovery.recover`: one thread at a time
         self._release_lock = threading.Lock()
@@ -93,7 +93,7 @@ class Directory:
         return f"{self.path}/{name}"
 
     def ensure_usable(self) -> None:
-        """Create the directory where it is missing, and check that it can be used. Raises `DirectoryUnusableError`."""
+        """Create the directory if it is missing, and check that it can be used. Raises `DirectoryUnusableError`."""
         try:
             self.filesystem.make_directory(self.path)
             facts = self.filesystem.inspect_directory(self.path)
@@ -136,7 +136,7 @@ class Directory:
         return Directory(path, self.filesystem, self._clock, self.new_id, parent=self, sink=sink)
 
     def queues(self) -> list[Directory]:
-        """The existing queues, by name. None where the outbox has a single sink."""
+        """The existing queues, by name. None if the outbox has a single sink."""
         if self.parent is not None:
             return []
         sinks = map(layout.sink_of_queue, self.filesystem.subdirectories(self.path))
@@ -165,11 +165,11 @@ class Directory:
                 try:
                     self.filesystem.link(directory.path_of(name), f"{adding}/{name}")
                 except (FileNotFoundError, PermissionError):
-                    del names[layout.batch_id(name)]  # just delivered, or compressed; or another user's
+                    del names[layout.batch_id(name)]  # it was just delivered or compressed, or is another user's
                 except FileExistsError:
-                    pass  # linked from another queue, or by an earlier attempt
+                    pass  # it was linked from another queue, or by an earlier attempt
         for name in list(self.filesystem.list_names(adding, ALL_NAMES)):
-            if layout.batch_id(name) not in names:  # linked by an earlier attempt, and evicted since
+            if layout.batch_id(name) not in names:  # it was linked by an earlier attempt, and evicted since
                 self.remove(f"{layout.adding_name(sink)}/{name}")
         self.filesystem.sync_directory(adding)
         self.filesystem.rename(adding, self.path_of(layout.queue_name(sink)))
@@ -191,13 +191,13 @@ class Directory:
 
     def remove_queue_directory(self, sink: str, path: str) -> None:
         """Remove the directory of a sink's queue, or of a requested one."""
-        self.finish_queue_removals()  # of an earlier queue with this name
+        self.finish_queue_removals()  # the rest of an earlier queue with this name
         self.filesystem.rename(path, self.path_of(layout.removing_name(sink)))
         self.filesystem.sync_directory(self.path)
         self.finish_queue_removals()
 
     def finish_queue_removals(self) -> None:
-        """Remove what is left of queues that were being removed. Another process may do the same at this moment."""
+        """Finish the removal of queues that was interrupted. Another process may do the same at this moment."""
         for name in filter(layout.is_removing_name, self.filesystem.subdirectories(self.path)):
             removed_path = self.path_of(name)
             with contextlib.suppress(FileNotFoundError):
@@ -238,7 +238,7 @@ class Directory:
         return self.disk_usage()
 
     def pending(self) -> tuple[int, int]:
-        """The pending bytes and files; none where the directory cannot be listed."""
+        """The pending bytes and files; both are 0 if the directory cannot be listed."""
         try:
             usage = self.disk_usage()
         except OSError:
@@ -246,7 +246,7 @@ class Directory:
         return usage.pending_bytes, usage.pending_files
 
     def batch_names(self) -> list[str]:
-        """The names of the batch files that wait here, oldest first. Of a plain file and its compressed copy, the plain one."""
+        """The names of pending batch files, oldest first. Of a plain file and its compressed copy, only the plain one."""
         names = self.all_sealed_names()
         if self.parent is not None and names:
             # List the outbox directory after the queue: a name that is in the queue only has all its links by then.
@@ -254,9 +254,9 @@ class Directory:
         return sorted(name for name in names if layout.plain_name(name) not in names)
 
     def waiting_batch_ids(self) -> set[str]:
-        """The ids of the batches that wait here or in a queue, without other users' files. Names of files may change."""
+        """The ids of the batches that are pending here or in a queue, without other users' files. File names may change."""
         # List twice: a listing that runs while a file is replaced by its compressed copy may show neither. That happens once
-        # per file. The queues after the directory: what moves from there to a queue meanwhile is seen in one of them.
+        # per file. The queues are listed after the directory, so that a batch that moves to a queue is seen in one of them.
         names: set[str] = set()
         for directory in (self, *self.queues()):
             for _ in range(2):
@@ -268,9 +268,9 @@ class Directory:
         return set(self.filesystem.list_names(self.path, layout.SEALED_PATTERNS))
 
     def oldest_batches(self, limit: int, after: str = "", until: str = "") -> BatchPage | None:
-        """The first `limit` names of `batch_names` behind `after` and up to `until`. Keeps no other names in memory.
+        """The first `limit` names of `batch_names` after `after` and up to `until`. Holds no other names in memory.
 
-        None where only `batch_names` can tell: some links in this queue may not count yet.
+        None if only `batch_names` can tell, because some links in this queue may not count yet.
         """
         names, last, files = self.filesystem.first_names(self.path, layout.SEALED_PATTERNS, after, until, limit)
         # After the queue was listed, as in `batch_names`.
@@ -287,7 +287,7 @@ class Directory:
 
     @property
     def release_lock(self) -> threading.Lock:
-        """Serializes threads of this process, of all queues, that remove a batch and check whether another queue has it."""
+        """A lock for threads of this process, of all queues, that remove a batch and check whether another queue has it."""
         return (self.parent or self)._release_lock  # noqa: SLF001 - of the same class
 
     def is_queued_elsewhere(self, file: LockedFile) -> bool:
@@ -296,7 +296,7 @@ class Directory:
         return any(self.filesystem.is_file_at(file.fd, queue.path_of(file.name)) for queue in others if queue.sink != self.sink)
 
     def lock_existing(self, name: str, *, exclusive: bool = False) -> LockedFile | None:
-        """Lock an existing file. None where another process holds it or it is gone. Raises `FileUnusableError`.
+        """Lock an existing file. None if another process holds the lock or the file is gone. Raises `FileUnusableError`.
 
         In a queue the lock is shared with the queues of other sinks, unless `exclusive`.
         """
@@ -324,7 +324,7 @@ class Directory:
         return None
 
     def log_skip(self, name: str, problem: str) -> None:
-        """Log once that a file cannot be recovered; again when the problem changes."""
+        """Log that a file cannot be recovered: once, and again when the problem changes."""
         if self._logged_skips.get(name) != problem:
             self._logged_skips[name] = problem
             log.warning("skipping %s: %s", self.path_of(name), problem)
@@ -347,9 +347,9 @@ class Directory:
         return self.filesystem.open_existing(path, allow_links=True)  # it is being linked into the queues
 
     def acquire_lock_file(self, name: str) -> LockedFile | None:
-        """Take a lock file, creating it where it is missing.
+        """Lock a lock file, and create it if it is missing.
 
-        None where another process holds it. Raises `FileUnusableError`.
+        None if another process holds the lock. Raises `FileUnusableError`.
         """
         path = self.path_of(name)
         locked_fd = self.filesystem.open_locked(path, writable=True)
@@ -366,7 +366,7 @@ class Directory:
         return None
 
     def create(self, name: str) -> LockedFile | None:
-        """Create and lock a file. None where recovery in another process took it for a dead writer's and removed it."""
+        """Create and lock a file. None if recovery in another process removed it as a dead writer's file."""
         created, error = self.create_each([name])
         if error is not None:
             raise error
@@ -389,7 +389,7 @@ class Directory:
         raise OSError(errno.ENOLCK, "a new file could not be locked; file locks do not work here", self.path)
 
     def seal_after(self, micros: int | None) -> None:
-        """Give later seals a later time than `micros`, even where the clock steps back."""
+        """Give later seals a later time than `micros`, even if the clock steps back."""
         with self._sealed_at_lock:
             if micros is not None and self._last_sealed_at < micros <= TIMESTAMP_MAX_MICROS:
                 self._last_sealed_at = micros
@@ -404,7 +404,7 @@ class Directory:
         return sorted(entry for entry in self.filesystem.list_files(self.path) if layout.kind_of(entry.name) is Kind.DELIVERED)
 
     def retain(self, name: str) -> str:
-        """Rename a delivered batch file so that it is retained. Returns the new name, durable with the next sync."""
+        """Rename a delivered batch file so that it is retained. Returns the new name, which the next sync makes durable."""
         retained_name = layout.delivered_name(name, self._clock.micros())
         self.filesystem.rename(self.path_of(name), self.path_of(retained_name))
         return retained_name
@@ -424,8 +424,8 @@ class Directory:
     def rewrite(self, file: LockedFile, in_memory: Iterable[tuple[int, bytes]] = (), size: int | None = None) -> LockedFile:
         """Replace a locked file by a synced one with the same name and content. Returns it, locked.
 
-        Over what can be read of its first `size` bytes goes `in_memory`: lines with their offsets. The name is durable once the
-        directory is synced. Raises `OSError`; the file is unchanged then.
+        The new content is what can be read of the first `size` bytes, overwritten by `in_memory`: lines with their offsets. The
+        name is durable once the directory is synced. Raises `OSError`; then the file is unchanged.
         """
         data = bytearray(self.filesystem.read_all(file.fd)[:size])
         for offset, lines in in_memory:
@@ -437,9 +437,9 @@ class Directory:
     def seal(self, files: Sequence[LockedFile], on_renamed: Callable[[Sequence[LockedFile], Sequence[str]], None]) -> None:
         """Seal locked and synced files: rename them all in this order, then sync the directory once.
 
-        `on_renamed(files, sealed_names)` is called for each group of files that was renamed, up to an error; with an empty name
-        for a file that somebody has moved elsewhere, with its events. The descriptors stay open, for the caller to close.
-        Raises `OSError`.
+        `on_renamed(files, sealed_names)` is called for each group of files that was renamed, up to an error. The name is empty
+        for a file that somebody has moved elsewhere together with its events. The caller must close the descriptors. Raises
+        `OSError`.
         """
         left = list(files)
         while left:
@@ -459,9 +459,9 @@ class Directory:
             self._sync_names()
 
     def _replace_missing(self, file: LockedFile, name: str) -> str:
-        """Recreate a file that was deleted: its descriptor still has the acknowledged events. Returns its name now.
+        """Recreate a deleted file from its descriptor, which still has the acknowledged events. Returns the new name.
 
-        A file that was moved, with the directory or alone, still has them. It is left where it is, and the name is empty.
+        A file that was moved, with the directory or alone, is left where it is, and the returned name is empty.
         """
         current_path = self.filesystem.current_path(file.fd)
         self.filesystem.make_directory(self.path)  # the whole directory may be gone
@@ -481,7 +481,7 @@ class Directory:
         return due
 
     def _sync_names(self) -> None:
-        self._names_unsynced = False  # set first: if another thread's sync fails meanwhile, it stays due
+        self._names_unsynced = False  # set before the sync: if the sync of another thread fails meanwhile, it stays due
         try:
             self.filesystem.sync_directory(self.path)
         except OSError:
@@ -498,10 +498,10 @@ class Directory:
             self.filesystem.close(copy.fd)
 
     def remove_stale_copies(self, names: Iterable[str]) -> None:
-        """Of each plain file and its compressed copy among these names, keep the plain one, which every reader understands.
+        """Where a plain file and its compressed copy exist, remove the copy; every reader understands the plain file.
 
-        The process that compresses holds the lock of the plain file until that is removed. If it died, the copy is removed
-        before the plain file is, or the batch would be delivered again.
+        The process that compresses holds the lock of the plain file until it has removed that file. If the process died, the
+        copy must be removed before the plain file, because the batch would be delivered again otherwise.
         """
         name_set = set(names)
         for name in [name for name in name_set if layout.plain_name(name) in name_set]:
@@ -520,7 +520,7 @@ class Directory:
                     self.filesystem.close(plain.fd)
 
     def read_small_file(self, name: str, bytes_max: int | None = None) -> bytes:
-        """The content of a small file, or its first `bytes_max` bytes; empty where it does not exist. Takes no lock."""
+        """The content of a small file, or its first `bytes_max` bytes; empty if it does not exist. Takes no lock."""
         try:
             fd = self.filesystem.open_existing(self.path_of(name))
         except (FileNotFoundError, FileUnusableError):
@@ -561,7 +561,7 @@ class Directory:
 
     def _write_and_rename(self, name: str, data: bytes) -> LockedFile:
         """Write a temporary file, sync it, and rename it to `name`. Locked from the beginning."""
-        # A new name for each attempt: recovery may hold the temporary file of an earlier attempt, and would remove this one.
+        # Each attempt uses a new name: recovery may be about to remove the temporary file of an earlier attempt.
         file = self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
         temporary = file.name
         try:
@@ -569,7 +569,7 @@ class Directory:
             self.filesystem.sync_data(file.fd)
             self.filesystem.rename(self.path_of(temporary), self.path_of(name))
         except BaseException:
-            with contextlib.suppress(OSError):  # otherwise the next recovery removes it
+            with contextlib.suppress(OSError):  # if this fails, the next recovery removes the file
                 self.remove(temporary)
             self.filesystem.close(file.fd)
             raise

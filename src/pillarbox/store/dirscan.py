@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 _TIMESTAMP = re.compile(r"(\d{16})-", re.ASCII)
-# 1 January 2101, microseconds since 1970. A later timestamp in a name is forged, or that of a clock that was very wrong: it is
-# ignored. The bound is absolute, because a clock that starts years back must not disqualify the names that are right.
+# 1 January 2101, in microseconds since 1970. A later timestamp in a name is ignored: it is forged, or the clock was very wrong.
+# The bound is absolute, because a clock that starts years in the past must not disqualify correct names.
 TIMESTAMP_MAX_MICROS: Final = 4_133_980_800_000_000
 
 
@@ -27,7 +27,7 @@ class FileEntry(NamedTuple):
 
 
 class NamePattern(NamedTuple):
-    """Names with this beginning and end; with `end` None, the name `begin` alone."""
+    """Names with this beginning and end; if `end` is None, only the name `begin`."""
 
     begin: str
     end: str | None
@@ -42,8 +42,8 @@ class FileTotals(NamedTuple):
 
     files: int = 0
     bytes: int = 0
-    empty: int = 0  # files without content
-    oldest_micros: int | None = None  # of the timestamps in the names, behind `begin`: 16 digits and a hyphen
+    empty: int = 0  # number of files without content
+    oldest_micros: int | None = None  # timestamps in the names, after `begin`: 16 digits and a hyphen
     newest_micros: int | None = None
 
     def combined_with(self, other: FileTotals) -> FileTotals:
@@ -61,7 +61,7 @@ class NamePage(NamedTuple):
     """The first of some names, in order."""
 
     names: list[str]
-    last: str  # the last of all names, empty where there is none
+    last: str  # the last of all names; empty if there is none
     total_files: int  # how many names there are in all
 
 
@@ -96,7 +96,7 @@ def totals_by_pattern(entries: Iterable[FileEntry], patterns: NamePatterns) -> l
 
 
 def first_names(names: Iterable[str], after: str, until: str, limit: int) -> NamePage:
-    """The first `limit` names behind `after` and, where it is not empty, up to `until`."""
+    """The first `limit` names after `after` and, if it is not empty, up to `until`."""
     low, high = _bytes(after), _bytes(until)
     count, last = 0, b""
 
@@ -113,7 +113,7 @@ def first_names(names: Iterable[str], after: str, until: str, limit: int) -> Nam
 
 
 def _bytes(name: str) -> bytes:
-    """A name as bytes, by which names are ordered: the same order as that of characters. A name may be any bytes."""
+    """A name as bytes. Names are ordered by their bytes, which is the order of their characters, and may be any bytes."""
     return name.encode(errors="surrogateescape")
 
 
@@ -126,7 +126,7 @@ class _FileLister(Protocol):
 
 
 class PortableScanOps:
-    """The scans made of `list_files` alone, for simulated file systems."""
+    """The scans in terms of `list_files`, for simulated file systems."""
 
     def list_names(self: _FileLister, path: str, patterns: NamePatterns, *, counted: bool = False) -> Iterator[str]:  # noqa: ARG002 - all count
         """The names of the regular files in a directory that match one of the patterns."""
@@ -139,5 +139,5 @@ class PortableScanOps:
     def first_names(
         self: _FileLister, path: str, patterns: NamePatterns, after: str = "", until: str = "", limit: int = 0
     ) -> NamePage:
-        """Of the names that match one of the patterns, the first `limit` behind `after` and up to `until`."""
+        """Of the names that match one of the patterns, the first `limit` after `after` and up to `until`."""
         return first_names(matching_names(self.list_files(path), patterns), after, until, limit)

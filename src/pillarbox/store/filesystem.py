@@ -16,17 +16,17 @@ _SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 
 
 def concerns_one_file(error: OSError) -> bool:
-    """Whether an error of an operation on a file says something about that file, so that the next one may work."""
+    """Whether an error concerns only the file on which it happened, so that the same operation may work on the next file."""
     return error.errno not in _SHORTAGES
 
 
 class DirectoryInfo(NamedTuple):
-    """What `Directory` checks of a path before it uses it."""
+    """The facts about a path that `Directory` checks before it uses it."""
 
     is_directory: bool
     mode: int
-    is_usable: bool  # by this process, to list it and to create and remove files in it
-    filesystem_type: str  # e.g. "ext4"; empty where it cannot be determined
+    is_usable: bool  # this process may list it, and create and remove files in it
+    filesystem_type: str  # e.g. "ext4"; empty if it cannot be determined
 
 
 class DiskSpace(NamedTuple):
@@ -37,7 +37,7 @@ class DiskSpace(NamedTuple):
 
 
 class Filesystem(Protocol):
-    """What the store needs of a file system, one operation a method."""
+    """The file system operations that the store needs, one per method."""
 
     @property
     def write(self) -> Callable[[int, bytes], int]: ...  # a function, not a method: the hot path calls it
@@ -87,18 +87,18 @@ class Filesystem(Protocol):
 
 
 class SequentialBatchOps:
-    """The batch operations as sequences of single ones: for simulated file systems, and where there is no C extension."""
+    """The batch operations as sequences of single ones, for simulated file systems and for use without the C extension."""
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:  # noqa: ARG002 - see below
-        """Open and lock an existing file. None where only the step-by-step path is available: always, here."""
+        """Open and lock an existing file. Returns None if only the step-by-step path is available, as always here."""
         return None
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:  # noqa: ARG002 - as above
         """Append lines to a file under the lock of another file, if it ends in a whole line and has less than `max_size` bytes.
 
-        Both files exist and are usable. Returns the descriptor of the file, with the lock released; or None where only the
-        step-by-step path is available: always, here. If the disk is full and nothing can be cut off, a part of the lines may
-        remain.
+        Both files exist and are usable. Returns the descriptor of the file, with the lock released; or None if only the
+        step-by-step path is available, as always here. If the disk is full and a short write cannot be cut off, a part of the
+        lines may remain.
         """
         return None
 
@@ -139,7 +139,7 @@ class SequentialBatchOps:
         return fds, None
 
     def close_each(self: Filesystem, fds: Sequence[int]) -> None:
-        """Close each file, and so release its lock. Errors are ignored: the descriptor is closed all the same."""
+        """Close each file, which releases its lock. Errors are ignored, because the descriptor is closed in any case."""
         for fd in fds:
             with contextlib.suppress(OSError):
                 self.close(fd)

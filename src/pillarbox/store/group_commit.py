@@ -1,12 +1,12 @@
-"""Group commit: callers with `durability="power"` share one write and one sync with all who wait at that moment.
+"""Group commit: callers with `durability="power"` that wait at the same time share one write and one sync.
 
-One of the waiting threads is the leader. It appends the lines of all, syncs the segments, passes leadership on, and wakes the
-others. So an event waits for at most two rounds: the one that is under way, and its own. A coroutine cannot lead; where no
-thread does, a helper thread leads for coroutines, and wakes all of one event loop with one callback. Nobody holds the writer's
-lock while syncing.
+One of the waiting threads is the leader. It appends the lines of all callers, syncs the segments, passes leadership on, and
+wakes the others. So an event waits for at most two rounds: the one that is under way, and its own. A coroutine cannot lead; if
+no thread leads, a helper thread leads for coroutines, and wakes those of one event loop with one callback. No thread holds the
+writer's lock while it syncs.
 
-An interrupt may strike anywhere. A leader that is interrupted passes leadership on; the next leader drops the events of which
-it is unknown whether they were appended. Should even that be interrupted, waiting threads check once a second whether the
+An interrupt may happen anywhere. A leader that is interrupted passes leadership on; the next leader drops the events of which
+it is unknown whether they were appended. In case even that is interrupted, waiting threads check once a second whether the
 leader still runs, and the helper is woken for coroutines.
 """
 
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-# lines in memory that nobody has begun to append; beyond it events are dropped with would_block
+# lines in memory that are not being appended yet; beyond it events are dropped with would_block
 QUEUED_BYTES_MAX: Final = 64 * 2**20
 _LEADER_CHECK_S: Final = 1.0  # after so long a waiting thread checks whether the leader still runs
 _NO_LEADER: Final = 0
 
 
 class _WaitingThread:
-    """A thread that waits for its outcome, or to lead."""
+    """A thread that waits for its outcome or for leadership."""
 
     __slots__ = ("events", "lines", "lock", "next_to_wake", "outcome")
 
@@ -58,10 +58,10 @@ class _WaitingThread:
         self.events = events
         self.lock = _acquired_lock()
         self.outcome: Outcome | None = None
-        self.next_to_wake: _WaitingThread | None = None  # which thread it wakes; all at once would compete for the GIL
+        self.next_to_wake: _WaitingThread | None = None  # the thread that it wakes: all at once would compete for the GIL
 
 
-_PendingCommit = _WaitingThread | CommitFuture  # a waiting caller, its whole lines, and the number of events in them
+_PendingCommit = _WaitingThread | CommitFuture  # a waiting caller, with its lines and their number of events
 
 
 class _AppendGroup(NamedTuple):
@@ -86,7 +86,7 @@ class _AppendedGroup(NamedTuple):
 
     group: _AppendGroup
     segment: Segment
-    end: int  # so many bytes of the segment must be durable
+    end: int  # number of bytes of the segment that must be durable
 
 
 class _LoopResults:
@@ -101,17 +101,17 @@ class _LoopResults:
 
 
 class GroupCommitter:
-    """Appends to a `Writer`, and answers once that is durable. Of one process; shared between threads and event loops."""
+    """Appends to a `Writer`, and returns once the lines are durable. Shared by the threads and event loops of one process."""
 
     def __init__(self, directory: Directory, writer: Writer) -> None:
         self._directory = directory
         self._writer = writer
         self._lock = writer.lock
         self._queue: list[_PendingCommit] = []  # any thread appends to it; only the leader takes from its front
-        self._queued_bytes = 0  # approximate: counted without a lock, and reset by each leader
+        self._queued_bytes = 0  # approximate, because it is counted without a lock; each leader resets it
         self._appending: list[_PendingCommit] = []  # what the leader is appending at this moment
-        self._appended: list[_AppendedGroup] = []  # appended, and not known to be durable
-        self._unwoken: deque[_LoopResults] = deque()  # answered, and not woken yet
+        self._appended: list[_AppendedGroup] = []  # groups that are appended and not known to be durable
+        self._unwoken: deque[_LoopResults] = deque()  # callers that have an outcome and are not woken yet
         self._leader = _NO_LEADER
         self._threads_inside: set[int] = set()  # threads that are in `commit`
         self._helper: threading.Thread | None = None
@@ -148,7 +148,7 @@ class GroupCommitter:
             self._threads_inside.discard(me)
             cut_short = waiting.outcome is None
             if cut_short:
-                waiting.outcome = DROPPED["io_error"]  # nobody waits for it: leadership must not be passed to it
+                waiting.outcome = DROPPED["io_error"]  # no caller waits any more: leadership must not be passed to it
             if waiting.next_to_wake is not None:
                 _release_lock(waiting.next_to_wake.lock)
             # Interrupted while leading, passing leadership or waking, or after leadership was passed to it: threads that wait
@@ -164,7 +164,7 @@ class GroupCommitter:
 
         One closure, as `Writer.build_enqueue`.
 
-        It passes records to `start_commit_slowly` where it cannot simply queue them.
+        It passes records to `start_commit_slowly` if it cannot simply queue them.
         """
         writer = self._writer
         queue, limit, helper_turn = self._queue, QUEUED_BYTES_MAX, self._helper_lock
@@ -193,7 +193,7 @@ class GroupCommitter:
         return queue_event
 
     def start_commit(self, lines: bytes, events: int) -> CommitFuture | Outcome | None:
-        """`commit` for a coroutine: returns what it awaits. If that is cancelled, queued or appended lines stay."""
+        """`commit` for a coroutine: returns the awaitable. If it is cancelled, queued or appended lines stay."""
         writer = self._writer
         size = self._queued_bytes + len(lines)
         if size > QUEUED_BYTES_MAX:
@@ -225,7 +225,7 @@ class GroupCommitter:
         return bool(self._queue or self._appending or self._appended or self._unwoken)
 
     def _unanswered(self) -> list[_PendingCommit]:
-        """The commits that a leader has begun to append and has not answered. With the lock held."""
+        """The commits that a leader has begun to append and has not answered. Call it with the lock held."""
         return [*self._appending, *(entry for chunk in self._appended for entry in chunk.group.entries)]
 
     def _try_to_lead(self, me: int) -> bool:
@@ -253,7 +253,7 @@ class GroupCommitter:
             log.error("%s", error)
 
     def _fail_interrupted_group(self, woken: list[_WaitingThread]) -> None:
-        """After a leader that was interrupted: drop the events of which it is unknown whether they were appended."""
+        """After the interrupt of a leader: drop the events of which it is unknown whether they were appended."""
         if self._appending:
             known = {id(entry) for chunk in self._appended for entry in chunk.group.entries}
             known.update(map(id, self._queue))
@@ -262,7 +262,7 @@ class GroupCommitter:
             self._appending = []
 
     def _append_all(self, woken: list[_WaitingThread]) -> None:
-        """Append what is queued, as many lines at a time as fit into a segment."""
+        """Append the queued lines, as many at a time as fit into a segment."""
         left = len(self._queue)  # later callers are in the next round
         self._queued_bytes = 0
         while left:
@@ -284,7 +284,7 @@ class GroupCommitter:
             self._appending = []
 
     def _append_group(self, group: _AppendGroup) -> Outcome | None:
-        """Append a group with one write. Returns the outcome where it was dropped, or None."""
+        """Append a group with one write. Returns the outcome if it was dropped, or None."""
         with self._lock:
             outcome, file = self._writer.append_unsynced(group.lines, group.events)
             if outcome is not ENQUEUED:
@@ -293,10 +293,10 @@ class GroupCommitter:
             return None
 
     def _sync_all(self, woken: list[_WaitingThread]) -> list[str]:
-        """Make durable what was appended, and answer it, segment by segment. Returns messages to log."""
+        """Sync the appended groups and set their outcomes, segment by segment. Returns messages to log."""
         errors: list[str] = []
         files = dict.fromkeys(chunk.segment for chunk in self._appended)
-        names_failure: OSError | None = None  # set once the sync of the directory has failed
+        names_failure: OSError | None = None  # set after the sync of the directory has failed
         for file in files:
             self._wake_loops()  # those of the segment before: they continue while this one is synced
             chunks = [chunk for chunk in self._appended if chunk.segment is file]
@@ -382,7 +382,7 @@ class GroupCommitter:
         if self._helper is None:
             try:
                 self._start_helper()
-            except RuntimeError:  # the system has no thread to give
+            except RuntimeError:  # no thread could be started
                 self._lead_in_this_thread()
                 return
         _release_lock(self._helper_lock)
@@ -395,7 +395,7 @@ class GroupCommitter:
                 self._helper = helper  # after it has started: if no thread can be started, the next caller tries again
 
     def _lead_in_this_thread(self) -> None:
-        """Commit what is queued, although the event loop of this thread waits for the disk meanwhile."""
+        """Commit the queue in this thread, although its event loop waits for the disk meanwhile."""
         me = threading.get_ident()
         if me in self._threads_inside:  # it leads, and takes what is queued in its next round
             return
@@ -420,7 +420,7 @@ class GroupCommitter:
             while self._has_work() and self._try_to_lead(me):
                 try:
                     self._run_round()
-                except Exception:  # a defect must not end this thread: no coroutine would be answered any more
+                except Exception:  # a defect must not end this thread, because coroutines would wait forever
                     log.exception("%s: a defect in Pillarbox during a group commit", self._directory.path)
 
 

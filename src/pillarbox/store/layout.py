@@ -37,8 +37,8 @@ class Kind(Enum):
     DELIVERED = "delivered"  # a delivered batch file that is retained for a while
     RANGES = "spans"  # where the quarantined byte ranges were, and what is wrong with them
     DEAD = "dead"  # dead letters
-    TEMPORARY = "aside"  # being written; worthless once its writer is gone
-    OTHER = "other"  # not ours
+    TEMPORARY = "aside"  # being written; worthless once its writer is dead
+    OTHER = "other"  # a file that is not ours
 
 
 # The first match counts: a temporary name begins like the final one.
@@ -88,7 +88,7 @@ def active_name(writer: str, number: int) -> str:
 
 
 def active_sort_key(name: str) -> tuple[str, int]:
-    """A key that sorts segments so that each writer's are in the order in which it filled them."""
+    """A key that sorts the segments of each writer in the order in which it filled them."""
     writer, _, number = name.removesuffix(SUFFIX).rpartition("-")
     return (writer, int(number)) if number.isdecimal() else (name, 0)
 
@@ -104,7 +104,7 @@ def sealed_name(micros: int, unique: str, like: str = "") -> str:
 
 
 def sealed_at(name: str) -> int | None:
-    """The seal time in the name of a batch file, in microseconds since 1970; None where the name has none."""
+    """The seal time in the name of a batch file, in microseconds since 1970; None if the name has none."""
     match = _SEALED_AT.match(name)
     return int(match[1]) if match else None
 
@@ -126,7 +126,7 @@ def delivered_name(name: str, micros: int) -> str:
 
 
 def delivered_at(name: str) -> int | None:
-    """The delivery time in the name of a retained file, in microseconds since 1970; None where the name has none."""
+    """The delivery time in the name of a retained file, in microseconds since 1970; None if the name has none."""
     match = _DELIVERED_AT.match(name)
     return int(match[1]) if match and match[1] else None
 
@@ -147,7 +147,7 @@ def corrupt_name(batch: str) -> str:
 
 
 def ranges_name(batch: str) -> str:
-    """The name of the file that says where these byte ranges were, and what is wrong with them."""
+    """The name of the file that describes these byte ranges."""
     return f"corrupt-{batch}.spans.json"
 
 
@@ -172,7 +172,7 @@ def queue_name(sink: str) -> str:
 
 
 def sink_of_queue(name: str) -> str | None:
-    """The sink that a directory is the queue of, by its name; None where it is not a queue."""
+    """The sink whose queue a directory is, by the directory's name; None if it is not a queue."""
     sink = name.removeprefix(_QUEUE)
     return sink if name.startswith(_QUEUE) and is_sink_name(sink) else None
 
@@ -183,7 +183,7 @@ def adding_name(sink: str) -> str:
 
 
 def sink_of_adding(name: str) -> str | None:
-    """The sink of a requested queue, by the name of its directory; None where it is not one."""
+    """The sink of a requested queue, by the directory's name; None if it is not such a queue."""
     return sink_of_queue(name.removesuffix(_ADDING)) if name.endswith(_ADDING) else None
 
 

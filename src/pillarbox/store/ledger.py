@@ -2,7 +2,7 @@
 
 An entry is a line like a record's, with a checksum. Entries are keyed by batch id, so that an entry that was written twice
 counts once. Recovery does not need the ledger: without it only the history is lost. It is appended to under a lock of its own,
-for which nobody waits; while the lock is held or the disk fails, entries wait in memory. `reconciliation.py` adds them up.
+for which no thread waits; while the lock is held or the disk fails, entries wait in memory. `reconciliation.py` adds them up.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-COMPACT_BYTES: Final = 4 * 2**20  # beyond it finished batches are summed up
-_BUFFER_ENTRIES_MAX: Final = 10_000  # in memory; entries beyond it are lost, and counted
+COMPACT_BYTES: Final = 4 * 2**20  # bytes beyond which finished batches are summed up
+_BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; entries beyond it are lost, and counted
 _LOCK_TRIES: Final = 1000  # the lock is held for microseconds, except during compaction
 _LOCK_PAUSE_S: Final = 0.001
 
@@ -43,7 +43,7 @@ class LedgerWriter:
         self._buffer: deque[LedgerEntry] = deque()
         self._lost = 0
         self._buffer_lock = threading.Lock()  # never held during a system call
-        self._unsynced = False  # something was appended and not synced
+        self._unsynced = False  # entries were appended and not synced
         self._write_lock = threading.Lock()
         self._compact_at_bytes = COMPACT_BYTES
         self._logged_problem = ""
@@ -56,9 +56,9 @@ class LedgerWriter:
             self._lost += len(entries[room:])
 
     def write(self, *, sync: bool) -> bool:
-        """Append the buffered entries; with `sync`, everything that was appended is durable then. Never raises `OSError`.
+        """Append the buffered entries; with `sync`, also make everything that was appended durable. Never raises `OSError`.
 
-        Returns False where something is left to write. Without `sync` it never waits.
+        Returns False if something is left to write. Without `sync` it never waits.
         """
         if not self._write_lock.acquire(blocking=sync):
             return False
@@ -85,7 +85,7 @@ class LedgerWriter:
         return written and not self._buffer
 
     def _append(self, *, sync: bool) -> bool:
-        """Append the buffer. False where another process holds the lock."""
+        """Append the buffer. False if another process holds the lock."""
         if self._append_fast(sync=sync):
             return True
         lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
@@ -114,7 +114,7 @@ class LedgerWriter:
         return True
 
     def _append_fast(self, *, sync: bool) -> bool:
-        """Append the buffer in one call. False, and nothing is done, in all but the simple case."""
+        """Append the buffer in one call. In all but the simple case it does nothing and returns False."""
         directory, entries = self._directory, self._buffered_entries()
         self._unsynced |= bool(entries)
         fd = directory.filesystem.append_locked(
@@ -142,11 +142,11 @@ class LedgerWriter:
             self._buffer.popleft()
 
     def _append_buffer(self, fd: int) -> list[LedgerEntry]:
-        """Append the buffer, and compact the file where that is due."""
+        """Append the buffer, and compact the file if that is due."""
         filesystem = self._directory.filesystem
         entries = self._buffered_entries()
         size = filesystem.size(fd)
-        if not size:  # it may be new: its content is durable only under a durable name
+        if not size:  # the file may be new, and its content is durable only under a durable name
             filesystem.sync_directory(self._directory.path)
         self._unsynced |= bool(entries)
         self._append_to(fd, size, encode_entries(entries))
@@ -170,7 +170,7 @@ class LedgerWriter:
         self._unsynced = False
 
     def _append_to(self, fd: int, size: int, lines: bytes) -> None:
-        """Append all of the lines or none. Behind a torn line they start on a new line."""
+        """Append all of the lines or none. After a torn line they start on a new line."""
         filesystem = self._directory.filesystem
         if size and filesystem.read_at(fd, size - 1, 1) != b"\n":
             lines = b"\n" + lines
@@ -181,7 +181,7 @@ class LedgerWriter:
             raise
 
     def _compact(self, data: bytes) -> None:
-        """Sum up finished batches, so that the file does not grow without end. With the lock held."""
+        """Sum up finished batches, so that the file does not grow without end. Call it with the lock held."""
         entries, unread = parse_ledger(data)
         if unread:
             log.warning("%s: unreadable lines dropped from the ledger: %d", self._directory.path, unread)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 PurgedKind = Literal["dead", "quarantine"]
 EARLIER_WRITERS: Final = "earlier writers"
 UNKNOWN_WRITER: Final = "unknown"
-REDELIVERY_WRITER: Final = "resent"  # stands for the writer of redelivered batches
-FAN_OUT_WRITER: Final = "handed over"  # stands for the writer in the ledger of a queue
+REDELIVERY_WRITER: Final = "resent"  # recorded as the writer of redelivered batches
+FAN_OUT_WRITER: Final = "handed over"  # recorded as the writer in the ledger of a queue
 # the writers under which fanned-out batches may be counted: an entry may be lost
 QUEUE_WRITERS: Final = frozenset({FAN_OUT_WRITER, UNKNOWN_WRITER})
 
@@ -26,7 +26,7 @@ class _LedgerEntry(msgspec.Struct, frozen=True, tag_field="entry"):
 
 
 class SealedEntry(_LedgerEntry, frozen=True, tag="sealed"):
-    """A writer sealed a segment; `events` is its own count, None where it cannot be sure."""
+    """A writer sealed a segment; `events` is its own count, None if it is not sure."""
 
     batch: str
     writer: str
@@ -50,8 +50,8 @@ class SettledEntry(_LedgerEntry, frozen=True, tag="settled"):
     duplicates: int
     dead: int
     quarantined: int
-    discarded: int = 0  # dead letters that were discarded because their limit was reached
-    discarded_spans: int = 0  # byte ranges likewise
+    discarded: int = 0  # dead letters that were discarded at their limit
+    discarded_spans: int = 0  # damaged byte ranges that were discarded at their limit
 
 
 class FannedOutEntry(_LedgerEntry, frozen=True, tag="shared"):
@@ -64,7 +64,7 @@ class FannedOutEntry(_LedgerEntry, frozen=True, tag="shared"):
 
 
 class QueueRenamedEntry(_LedgerEntry, frozen=True, tag="renamed"):
-    """The queue of a sink was renamed; with `to` empty it was removed, and a later queue of that name is a new one."""
+    """The queue of a sink was renamed. If `to` is empty, it was removed, and a later queue of that name is a new one."""
 
     sink: str
     to: str
@@ -94,8 +94,8 @@ class RepairedEntry(_LedgerEntry, frozen=True, tag="repaired"):
 class RedeliveredEntry(_LedgerEntry, frozen=True, tag="resent"):
     """A retained batch is redelivered as a new batch: its events are accepted again."""
 
-    batch: str  # its id now
-    of: str  # its id before
+    batch: str  # the new batch id
+    of: str  # the batch id when it was delivered
     events: int
 
 
@@ -108,7 +108,7 @@ class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
 
 
 class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
-    """So many entries could neither be written nor kept in memory."""
+    """A number of entries could neither be written nor stay in memory."""
 
     entries: int
 
@@ -138,7 +138,7 @@ class LedgerRow(msgspec.Struct, kw_only=True):
 
     @property
     def accounted_range(self) -> tuple[int, int]:
-        """The range of `accepted` that the other counts allow."""
+        """The range of `accepted` that is consistent with the other counts."""
         fixed = self.delivered + self.dead + self.evicted
         low = fixed + self.pending + self.quarantined + self.shared
         return low, fixed + self.pending_max + self.quarantined_max + self.shared_max
@@ -187,7 +187,7 @@ def encode_entries(entries: Iterable[LedgerEntry]) -> bytes:
 
 
 def _encode(entry: LedgerEntry) -> bytes:
-    """The JSON of an entry, also if a text in it cannot be encoded: one entry must not keep the others from being written."""
+    """The JSON of an entry, even if a text in it cannot be encoded: it must not prevent the others from being written."""
     try:
         return msgspec.json.encode(entry)
     except UnicodeEncodeError:

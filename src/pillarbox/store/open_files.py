@@ -12,10 +12,10 @@ _STANDARD_DESCRIPTORS: Final = 3
 
 
 def occupy_standard_descriptors() -> None:
-    """Open the null device as standard input, output or error where a program has closed them.
+    """Open the null device as standard input, output or error if a program has closed them.
 
-    Otherwise an event file would have such a descriptor until it gets a higher one, and what other code prints meanwhile would
-    be written into it.
+    Otherwise an event file would have such a descriptor until it gets a higher one, and the output of other code would be
+    written into it meanwhile.
     """
     while (fd := os.open(os.devnull, os.O_RDWR)) < _STANDARD_DESCRIPTORS:
         pass
@@ -23,9 +23,9 @@ def occupy_standard_descriptors() -> None:
 
 
 def close_unknown_files(directory: str) -> None:
-    """In a child that was forked by C code: close what a thread of the parent had opened there and not yet noted.
+    """In a child that was forked by C code: close files that a thread of the parent had just opened and not yet recorded.
 
-    No hook made such a thread wait. A descriptor that stays open here would keep the parent's lock on a file.
+    No hook made such a thread wait. A descriptor that stays open here would hold the parent's lock on a file.
     """
     within = os.path.realpath(directory) + "/"
     for name in os.listdir("/dev/fd"):  # noqa: PTH208 - the names are numbers, not paths
@@ -35,7 +35,7 @@ def close_unknown_files(directory: str) -> None:
 
 
 def path_of_open_file(fd: int) -> str:
-    """The path of an open file as the system knows it now. Raises `OSError` where it does not tell."""
+    """The current path of an open file. Raises `OSError` if the system does not know it."""
     if sys.platform == "darwin":
         return os.fsdecode(fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0"))
     return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - may name no path that exists

@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 
     from pillarbox.store.dirscan import NamePatterns
 
-_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a planted link is not followed, a planted pipe does not block
+_OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # do not follow a planted link, and do not block on a planted pipe
 _FILE_MODE = 0o600
 _DIRECTORY_MODE = 0o700
 _FIRST_FD: Final = 3  # below it are standard input, output and error
 _READ_CHUNK_BYTES = 1 << 20
-# The number of links of a directory without subdirectories, where the file system counts "." and ".." (ext4, XFS): its name and
-# its own ".". A file system that does not count them (btrfs) says 1.
+# The number of links of a directory without subdirectories, if the file system counts "." and ".." (ext4, XFS): its name and
+# its own ".". On a file system that does not count them (btrfs) it is 1.
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 _DELETED: Final = " (deleted)"  # behind the path of an open file that has no name any more
-# Problems that `foreign_entries` reports, for callers that tell them apart.
+# Problems that `foreign_entries` reports, for callers that distinguish them.
 IS_DIRECTORY: Final = "is a directory"  # allowed where it is a queue
 HAS_SECOND_LINK: Final = ownership.HAS_SECOND_LINK
 BELONGS_TO: Final = ownership.BELONGS_TO
@@ -67,23 +67,23 @@ class OsFilesystem(SequentialBatchOps):
 
     def __init__(self) -> None:
         occupy_standard_descriptors()
-        self._open_fds: set[int] = set()  # a forked child closes them, or it would keep its parent's locks
+        self._open_fds: set[int] = set()  # a forked child closes them, because it would hold its parent's locks otherwise
 
     def make_directory(self, path: str) -> None:
-        """Create the directory and what is missing above it, durably, for the owner only.
+        """Create the directory and the missing ones above it, durably and for the owner only.
 
-        The names of existing directories above it are synced too, up to the mount point: whoever made them may have died before
-        they were durable, and the contents would be lost with the name.
+        The names of existing directories above it are synced too, up to the mount point: the process that created them may have
+        died before they were durable, and the contents would be lost with the name.
         """
         parent = os.path.abspath(path)
         _make_directories(parent)
         while not os.path.ismount(parent):
             parent = os.path.dirname(parent)
-            with contextlib.suppress(PermissionError):  # not ours to sync
+            with contextlib.suppress(PermissionError):  # another user's directory cannot be synced
                 self.sync_directory(parent)
 
     def inspect_directory(self, path: str) -> DirectoryInfo | None:
-        """What is at `path`, or None. Follows links: an operator may put the directory elsewhere."""
+        """The facts about `path`, or None if it does not exist. Follows links, because the directory may be elsewhere."""
         try:
             status = os.stat(path)
         except FileNotFoundError:
@@ -92,7 +92,7 @@ class OsFilesystem(SequentialBatchOps):
         return DirectoryInfo(os.path.isdir(path), status.st_mode & 0o777, usable, filesystem_type_of(path))
 
     def list_files(self, path: str) -> Iterator[FileEntry]:
-        """The regular files in a directory that count, with their sizes: ours, and those of the directory's owner.
+        """The regular files in a directory that count, with their sizes: those of this user and of the directory's owner.
 
         A file that is removed meanwhile is left out.
         """
@@ -133,7 +133,7 @@ class OsFilesystem(SequentialBatchOps):
         return first_names(self.list_names(path, patterns), after, until, limit)
 
     def subdirectories(self, path: str) -> list[str]:
-        """The names of the directories in a directory, without links: ours, and those of the directory's owner."""
+        """The names of the subdirectories, without links: those of this user and of the directory's owner."""
         if os.stat(path).st_nlink == _LINKS_WITHOUT_SUBDIRECTORY:
             return []  # a shortcut: this is called often, for directories with very many files
         owners = counted_owners(path)
@@ -150,18 +150,18 @@ class OsFilesystem(SequentialBatchOps):
         return self._open_new(path, os.O_APPEND)
 
     def open_existing(self, path: str, *, allow_links: bool = False) -> int:
-        """Open an existing file to read, sync and lock. Raises `FileUnusableError` where it is not ours to use.
+        """Open an existing file to read, sync and lock. Raises `FileUnusableError` if it is not ours to use.
 
-        With `allow_links` it may have further hard links: it waits for several sinks.
+        With `allow_links` it may have further hard links, as a batch file that waits for several sinks has.
         """
         return self._open_checked(path, os.O_RDONLY, allow_links=allow_links)
 
     def open_lock_file(self, path: str) -> int:
-        """Open a lock file, creating it where it is missing. Raises `FileUnusableError` as `open_existing` does."""
+        """Open a lock file, and create it if it is missing. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_create(path, 0)
 
     def open_append(self, path: str) -> int:
-        """Open a file to append to, creating it where it is missing. Raises `FileUnusableError` as `open_existing` does."""
+        """Open a file to append to, and create it if it is missing. Raises `FileUnusableError` as `open_existing` does."""
         return self._open_or_create(path, os.O_APPEND)
 
     def _open_or_create(self, path: str, flags: int) -> int:
@@ -218,11 +218,11 @@ class OsFilesystem(SequentialBatchOps):
                 os.close(self._open_fds.pop())
 
     def lock(self, fd: int) -> bool:
-        """Take the exclusive lock of an open file. False where another process holds it. Only closing releases it."""
+        """Take the exclusive lock of an open file. False if another process holds it. Only closing the file releases it."""
         return self._lock(fd, fcntl.LOCK_EX)
 
     def lock_shared(self, fd: int) -> bool:
-        """The same, shared with others that lock it so."""
+        """Take a shared lock of an open file. False if another process holds the exclusive one."""
         return self._lock(fd, fcntl.LOCK_SH)
 
     def _lock(self, fd: int, how: int) -> bool:
@@ -252,7 +252,7 @@ class OsFilesystem(SequentialBatchOps):
         return os.fstat(fd).st_nlink > 0
 
     def current_path(self, fd: int) -> str:
-        """Where an open file is now, if it was moved; empty if it was deleted, also where another hard link is left."""
+        """The current path of an open file that was moved; empty if it was deleted, even if another hard link is left."""
         if not self.has_name(fd):
             return ""
         try:
@@ -292,7 +292,7 @@ class OsFilesystem(SequentialBatchOps):
     def sync_data(self, fd: int) -> None:
         """Sync a file's data."""
         if sys.platform == "darwin":
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # there fsync leaves the data in the drive's cache
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # on macOS, fsync leaves the data in the drive's cache
         else:
             os.fdatasync(fd)
 
@@ -355,7 +355,7 @@ class CompiledOsFilesystem(OsFilesystem):
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
     def sync_each(self, fds: Sequence[int]) -> list[OSError | None]:
-        """As `SequentialBatchOps`, but writing all files starts before the first is waited for."""
+        """As `SequentialBatchOps`, but the writeback of all files starts before it waits for the first."""
         return [_os_error(number) for number in speedups.sync_each(fds)]
 
     def rename_each(self, sources: Sequence[str], targets: Sequence[str]) -> tuple[int, OSError | None]:
@@ -398,7 +398,7 @@ def _os_error(number: int, *path: str) -> OSError | None:
 def _open_above_stdio(path: str, flags: int) -> int:
     """Open a file, never as standard input, output or error.
 
-    Where a program has closed one of these, its number is free, and what C code prints would be written into the file.
+    If a program has closed one of these, its number is free, and the output of C code would be written into the file.
     """
     fd = os.open(path, flags, _FILE_MODE)
     if fd >= _FIRST_FD:
@@ -412,7 +412,7 @@ def _open_above_stdio(path: str, flags: int) -> int:
 def _owner_of_directory(path: str) -> tuple[int, int] | None:
     """The owner for a new file.
 
-    What root creates belongs to the owner of the directory, whose programs must be able to use it.
+    Files that root creates are given to the owner of the directory, whose programs must be able to use them.
     """
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):
@@ -441,7 +441,7 @@ def _make_directories(path: str) -> None:
 
 
 def filesystem_type_of(path: str) -> str:
-    """The type of the file system that `path` is on, e.g. "ext4"; empty where it cannot be determined."""
+    """The type of the file system that `path` is on, e.g. "ext4"; empty if it cannot be determined."""
     try:
         with open(_MOUNTS, "rb") as file:
             mounts = file.read().splitlines()
@@ -480,7 +480,7 @@ after_fork_in_child(_after_fork_in_child)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:
-    """The device and inode number of what a path names; None where it names nothing."""
+    """The device and inode number of a path; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:
@@ -496,7 +496,7 @@ def open_file_identity(fd: int) -> tuple[int, int]:
 
 @cache
 def boot_id() -> str:
-    """An id of the time since the machine was started, in which monotonic clocks can be compared; empty if it is unknown."""
+    """The id of the machine's current boot, within which monotonic clocks can be compared; empty if it is unknown."""
     try:
         return read_file(_BOOT_ID).decode(errors="replace").strip()
     except OSError:
@@ -512,7 +512,7 @@ def working_directory() -> str:
 
 
 def absolute_path(path: str) -> str:
-    """A path that stays the same when the process changes its working directory. It leads through the same links as before."""
+    """The absolute path, which stays valid when the process changes its working directory. Links are not resolved."""
     return path if os.path.isabs(path) else os.path.join(working_directory(), path)
 
 
@@ -567,7 +567,7 @@ def atomic_output(path: str, *, overwrite: bool) -> Iterator[Callable[[bytes], i
 
     Only its owner may read it.
 
-    Raises `FileExistsError` where the file exists by then, unless `overwrite`. An interrupt at any moment removes the temporary
+    Raises `FileExistsError` if the file exists by then, unless `overwrite`. An interrupt at any moment removes the temporary
     file; that is why this is a generator.
     """
     beside = f"{path}.{os.getpid()}.aside"

@@ -1,8 +1,8 @@
 """Which files are ours: to open, and to count towards the limits of a directory.
 
-A process opens files of its own user only; root opens those of the directory's owner. Where others may write to the directory,
-a file must not have a second hard link either: somebody may have linked a file of ours into it. Files of other users count
-nowhere, so that nobody can use up the room of an outbox.
+A process opens only files of its own user; root opens those of the directory's owner. If others may write to the directory,
+a file must not have a second hard link either, because somebody may have linked a file of ours into it. Files of other users
+do not count towards any limit, so that nobody else can fill an outbox.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _CAP_CHOWN: Final = 1
 def usable_owner(path: str) -> int:
     """The user whose files may be opened at a path, or -1 for all: this user, and for root the owner of the directory.
 
-    Root would otherwise read, deliver and delete any file that the directory's owner has moved there. Root that may not change
-    owners, as in some containers, uses the files of every user, because its own files in another user's directory stay its own.
+    Root would otherwise read, deliver and delete any file that the directory's owner has moved there. If root may not change
+    owners, as in some containers, it uses the files of every user, because files that it creates in another user's directory
+    stay its own.
     """
     me = os.geteuid()
     if me:
@@ -53,7 +54,7 @@ def _may_change_owners() -> bool:
 def ownership_problem(status: os.stat_result, path: str, owner: int, *, allow_links: bool) -> str:
     """Why a file at a path is not ours to use; empty if it is. `owner` is what `usable_owner` returns.
 
-    Where only its owner can write to the directory, a second link is that of a snapshot.
+    If only its owner can write to the directory, a second link belongs to a snapshot.
     """
     if not stat.S_ISREG(status.st_mode):
         return "is not a regular file"

@@ -1,4 +1,4 @@
-"""What a path stands for: an outbox directory, or the queue of one of its several sinks."""
+"""Tells whether a path is an outbox directory or the queue of a sink."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
-    """The directory at a path, which may not be there yet. A queue's files have further names, and count not all at once."""
+    """The `Directory` at a path, which may not exist yet: the outbox directory, or the queue of a sink in it."""
     parent, slash, name = path.rpartition("/")
     sink = layout.sink_of_queue(name)
     if sink is None:
         return Directory(path, filesystem, clock)
     main = Directory(parent or slash or ".", filesystem, clock)
-    try:  # whoever makes queues holds this lock
+    try:  # a process that makes queues holds this lock
         filesystem.close(filesystem.open_existing(main.path_of(layout.DELIVER_LOCK)))
     except (OSError, FileUnusableError):
         return Directory(path, filesystem, clock)

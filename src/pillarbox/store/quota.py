@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_RECOUNT_S: Final = 1.0  # how old the counts may be that other processes changed
+_RECOUNT_S: Final = 1.0  # maximum age of counts that other processes may have changed
 _RECOUNT_FULL_S: Final = 0.1  # the same when more than half of a limit is used
 _RECOUNT_SHARE: Final = 10  # listing may take a tenth of the time
 _SPACE_LOW_CHECK_S: Final = 1.0  # between two checks of the free space while it is low
 _SPACE_CHECK_S: Final = 5.0  # the same while there is enough
-OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: what a process may append before it checks what the others did
-MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # the default of `min_free_bytes` is this,
-MIN_FREE_SHARE: Final = 20  # or this part of the volume if that is less
-AHEAD_SHARE: Final = 4  # of that: so much more is kept free while there are retained files to evict
-# Of the limit: eviction makes so much room ahead, so that events that arrive meanwhile are not dropped.
+OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: how much a process may append before it recounts
+MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # the default of `min_free_bytes`
+MIN_FREE_SHARE: Final = 20  # one part in so many of the volume is the default if that is less
+AHEAD_SHARE: Final = 4  # a quarter of `min_free_bytes` more stays free while there are retained files to delete
+# Share of the limit that eviction frees ahead of need, so that events that arrive meanwhile are not dropped.
 SLACK_SHARE: Final = 8
-# Of the limit: with eviction, a segment may not be larger, because whole files are evicted.
+# Share of the limit that a segment may have at most with eviction, because whole files are evicted.
 FILE_SHARE: Final = 16
-_COUNT_BYTES: Final = 1 << 20  # of a file whose events are counted, in memory at a time
-_EVICT_AT_ONCE_MAX: Final = 32  # each holds a descriptor, and one sync of the ledger serves them all
+_COUNT_BYTES: Final = 1 << 20  # bytes of a file in memory at a time while its events are counted
+_EVICT_AT_ONCE_MAX: Final = 32  # files evicted at a time: each holds a descriptor, and they share one sync of the ledger
 
 
 class _EvictionCandidate:
-    """A batch file that is about to be evicted: locked, and all directories with a name of it."""
+    """A locked batch file that is about to be evicted, and all directories that have a name of it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -79,7 +79,7 @@ class QuotaEnforcer:
         self._drops_for_space = 0
         self._appended_at_check = 0  # bytes that this process had appended at the last check of the free space
         self._evicting = False
-        self._unremovable: set[str] = set()  # files that could not be deleted: they are tried last
+        self._unremovable: set[str] = set()  # files that could not be deleted, which are tried last
         self._recheck_after_bytes = 1  # check again after so many appended bytes
         self._evicted_delivered = False  # retained files, at the last check of the free space
         self.evicted_events = 0
@@ -91,7 +91,7 @@ class QuotaEnforcer:
         self._evicted_delivered = False
         if in_need:
             self._next_space_check = 0.0
-        wait = self._recount()  # first: it creates a directory again that was deleted
+        wait = self._recount()  # first, because it recreates a deleted directory
         wait = min(wait, self.check_free_space(in_need=in_need))
         if self._evicts:
             self._evict(int(in_need and not self._evicted_delivered))
@@ -100,7 +100,7 @@ class QuotaEnforcer:
     def check_free_space(self, *, in_need: bool = False) -> float:
         """Drop events while the volume has less free space than it must keep. Returns the seconds until the next check.
 
-        Retained files are evicted before that, and where events were dropped for want of space (`in_need`).
+        Retained files are deleted before that, and also if events were dropped for lack of space (`in_need`).
         """
         now, appended = self._clock.monotonic(), self._writer.appended_bytes
         if now < self._next_space_check and appended - self._appended_at_check < self._recheck_after_bytes:
@@ -124,7 +124,7 @@ class QuotaEnforcer:
         return self._directory.filesystem.disk_space(self._directory.path)
 
     def _evict_delivered(self, space: DiskSpace, free: int, size: int) -> DiskSpace:
-        """Evict retained files until so much is free and so many bytes were removed. Returns the space then."""
+        """Delete retained files until enough is free and enough bytes were removed. Returns the space after that."""
 
         def enough(gone: int) -> bool:
             return gone >= size and self._space().free_bytes >= free
@@ -161,15 +161,15 @@ class QuotaEnforcer:
         return rest
 
     def _evict(self, least: int) -> None:
-        """Evict the oldest batches until there is room again; none that is being delivered.
+        """Evict the oldest batches until there is room again, but none that is being delivered.
 
-        `least` is 1 where something else has filled the volume: evict one file a round, for as long as events are dropped.
+        `least` is 1 if something else has filled the volume: evict one file per round while events are dropped.
         """
         excess_bytes, excess_files = self._excess(least)
         if excess_bytes <= 0 and excess_files <= 0:
             self._log_eviction_end()
             return
-        # Only one process, and by a fresh listing: two that use their own counts would evict twice as much.
+        # Only one process evicts, and by a fresh listing: two processes with their own counts would evict twice as much.
         lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
         if lock is None:
             return
@@ -178,7 +178,7 @@ class QuotaEnforcer:
             self._next_recount = self._earliest_recount = 0.0
             self._recount()
             excess_bytes, excess_files = self._excess(least)
-            # The outbox directory last: a link in a queue counts once the directory itself has not the name any more.
+            # The outbox directory is last, because a link in a queue counts once the directory itself no longer has the name.
             directories = [*self._directory.queues(), self._directory]
             for name in self._oldest_first(directories) if excess_bytes > 0 or excess_files > 0 else ():
                 if excess_bytes <= 0 and excess_files <= 0:
@@ -195,7 +195,7 @@ class QuotaEnforcer:
             for directory in directories:
                 directory.filesystem.sync_directory(directory.path)  # otherwise a power loss could bring the files back
         finally:
-            for candidate in candidates:  # not removed because of an error
+            for candidate in candidates:  # it was not removed because of an error
                 self._close_candidate(candidate)
             self._directory.filesystem.close(lock.fd)
 
@@ -215,7 +215,7 @@ class QuotaEnforcer:
         return sorted(all_names, key=lambda name: (name in self._unremovable, name))
 
     def _lock_candidate(self, name: str, directories: Sequence[Directory]) -> _EvictionCandidate | None:
-        """Lock a batch under all its names, and count its events. None where it is in use, not ours, or unreadable."""
+        """Lock a batch under all its names, and count its events. None if it is in use, not ours, or unreadable."""
         candidate = _EvictionCandidate(name)
         try:
             for directory in directories:
@@ -261,7 +261,7 @@ class QuotaEnforcer:
             self._directory.filesystem.close(locked.fd)
 
     def _remove_candidates(self, candidates: list[_EvictionCandidate], directories: Sequence[Directory]) -> None:
-        """Remove batches after the ledgers have them. If there is no room for the entries, remove them all the same."""
+        """Write the ledgers' entries, then remove the batches. If there is no room for the entries, remove them anyway."""
         now = self._clock.micros()
         for directory in directories if candidates and self._ledger is not None else ():
             ledger = self._ledger_of(directory)
@@ -277,7 +277,7 @@ class QuotaEnforcer:
             candidate = candidates.pop(0)
             try:
                 for directory in candidate.directories:
-                    # First a copy whose maker died: it would be delivered otherwise.
+                    # First remove the compressed copy of a process that died, because it would be delivered otherwise.
                     directory.remove(layout.compressed_name(candidate.name))
                     directory.remove(candidate.name)
             except OSError as error:
@@ -305,7 +305,7 @@ class QuotaEnforcer:
 
 
 def _events_in(filesystem: Filesystem, file: LockedFile) -> int | None:
-    """The number of events in a batch file, read in parts; None where it is compressed and damaged."""
+    """The number of events in a batch file, read in parts; None if it is compressed and damaged."""
     if file.name.endswith(layout.COMPRESSED_SUFFIX):
         plain, problem = compression.decompress(file.name, filesystem.read_all(file.fd))
         return None if problem else plain.count(b"\n") + (plain[-1:] not in b"\n")

@@ -16,10 +16,10 @@ from pillarbox.store.record import DamagedRecordError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-YIELD_EVERY_LINES: Final = 50  # without a yield; more would keep callers of `enqueue` waiting for longer than a write takes
+YIELD_EVERY_LINES: Final = 50  # lines without a yield; with more, callers of `enqueue` would wait for longer than a write takes
 
-# Of a file; beyond it, adjacent damaged lines are one range. A file of 64 MiB may have 32 million lines, each of which would be
-# an object of a hundred bytes.
+# Beyond this number of damaged ranges in a file, adjacent damaged lines are one range. A file of 64 MiB may have 32 million
+# lines, and each range is an object of a hundred bytes.
 SINGLE_RANGES_MAX: Final = 1000
 
 
@@ -32,14 +32,14 @@ class DamagedRange(msgspec.Struct, frozen=True):
 
 
 class FileContents(msgspec.Struct, frozen=True):
-    """What a file contains."""
+    """The good events and the damaged ranges of a file."""
 
     payloads: list[bytes]  # the JSON of each good event, in order
     damaged: list[DamagedRange]
 
 
 def _record_after_nul(line: bytes) -> tuple[int, bytes] | None:
-    """Where in a line a whole record begins behind NUL bytes, and its payload.
+    """The offset in a line at which a whole record begins after NUL bytes, and its payload.
 
     After a power loss or a failed sync there may be NUL bytes in place of whole lines, including the line feed before a good
     one.
@@ -56,8 +56,8 @@ def _record_after_nul(line: bytes) -> tuple[int, bytes] | None:
 def read_file(name: str, data: bytes, yield_gil: Callable[[], None]) -> tuple[FileContents, bytes]:
     """The contents of a file with the bytes `data`, compressed or not, and the bytes that its damaged ranges refer to.
 
-    Of a damaged compressed file, what comes before the damage is read as usual, and the last damaged range is the whole file:
-    what the rest contains is unknown. Raises `FileUnusableError` where it is compressed and zstd is missing.
+    In a damaged compressed file, the lines before the damage are read as usual, and the last damaged range is the whole file,
+    because the content of the rest is unknown. Raises `FileUnusableError` if the file is compressed and zstd is missing.
     """
     plain, problem = compression.decompress(name, data)
     contents = read_lines(plain, yield_gil)
@@ -106,7 +106,7 @@ def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[Dama
 
 
 def _skip_lines_without_brace(data: bytes, offset: int, spans: list[DamagedRange]) -> int:
-    """Add lines to the damaged ones that cannot be records. Returns the offset of the next line that may be one."""
+    """Count lines that cannot be records as damaged. Returns the offset of the next line that may be a record."""
     brace = data.find(b"{", offset)
     end = len(data) if brace < 0 else data.rfind(b"\n", offset, brace) + 1
     if end <= offset:
@@ -117,7 +117,7 @@ def _skip_lines_without_brace(data: bytes, offset: int, spans: list[DamagedRange
 
 
 def _add_range(data: bytes, spans: list[DamagedRange], damaged: DamagedRange) -> None:
-    """Add a damaged range. Where there are many, it becomes part of the last one if nothing but white space is between them."""
+    """Add a damaged range. If there are many, extend the last one instead if only white space is between them."""
     if len(spans) >= SINGLE_RANGES_MAX:
         last = spans[-1]
         end = last.offset + last.length

@@ -1,7 +1,7 @@
 """Reconciliation: accepted = delivered + pending + dead + quarantined + evicted.
 
-Two independent sources are compared: the writers' own counts, in the entries of sealed segments, and what was counted in the
-same files when they were delivered, or is counted now. So a loss is noticed.
+Two independent sources are compared: the writers' own counts, in the entries of sealed segments, and the counts of the same
+files when they were delivered, or now. So a loss is noticed.
 
 `reconcile` reads a directory while writers and delivery run, without taking locks or changing anything. It reads the ledger
 before and after the files. A batch that disappears meanwhile must have an entry that says why, because entries are written
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
-RECENT_BATCHES_MAX: Final = 1000  # finished batches that are kept one by one: a late or repeated entry must find them
-WRITERS_MAX: Final = 64  # kept one by one in a summary; earlier ones share a row
+RECENT_BATCHES_MAX: Final = 1000  # finished batches that are not summed up yet: a late or repeated entry must find them
+WRITERS_MAX: Final = 64  # writers with a row of their own in a summary; earlier ones share a row
 
 
 class FileCounts(msgspec.Struct, frozen=True):
-    """What was counted in a file: good records and damaged byte ranges."""
+    """The counts of a file: good records and damaged byte ranges."""
 
     records: int
     damaged_ranges: int
@@ -70,11 +70,11 @@ class Discrepancy(msgspec.Struct, frozen=True):
 
 
 class _BatchEntries:
-    """What the entries say of a batch."""
+    """The entries of a batch."""
 
     def __init__(self) -> None:
         self.writer = UNKNOWN_WRITER
-        self.is_sealed = False  # there is an entry of whoever sealed it
+        self.is_sealed = False  # there is an entry from the process that sealed it
         self.writer_count: int | None = None
         self.settled: SettledEntry | None = None
         self.fanned_out: FannedOutEntry | None = None
@@ -103,7 +103,7 @@ class _BatchEntries:
                 self.evicted = events
 
     def to_row(self, counts: FileCounts | None) -> tuple[LedgerRow, Discrepancy | None]:
-        """The counts of the batch, and what is wrong with them. `counts` is None where its file is gone."""
+        """The counts of the batch, and what is wrong with them. `counts` is None if its file is gone."""
         row = LedgerRow(writer=self.writer, resent=self.redelivered)
         ranges = 0
         if self.settled is not None:
@@ -131,7 +131,7 @@ class _BatchEntries:
         return self._with_writer_count(row, records, ranges)
 
     def _with_writer_count(self, row: LedgerRow, records: int, ranges: int) -> tuple[LedgerRow, Discrepancy | None]:
-        """The same with a writer's count: what is missing is what is damaged."""
+        """The same with a writer's count: missing events are assumed to be the damaged ones."""
         counted = self.writer_count or 0
         row.accepted = row.accepted_max = counted
         missing = counted - records
@@ -180,7 +180,7 @@ class _LedgerFold:
 
     def __init__(self, entries: Iterable[LedgerEntry]) -> None:
         self.batches: dict[str, _BatchEntries] = {}
-        self.redelivered: dict[str, int] = {}  # events by batch id; "" for those that are summed up
+        self.redelivered: dict[str, int] = {}  # events by batch id; "" for batches that are summed up
         self.rows: dict[str, LedgerRow] = {}
         self.fanned_out: dict[str, int] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
@@ -188,7 +188,7 @@ class _LedgerFold:
         for entry in entries:
             if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry)):
                 if entry in mended:
-                    continue  # written again after an error of the disk
+                    continue  # the entry was written again after a disk error
                 mended.add(entry)
             self._add_entry(entry)
 
@@ -235,7 +235,7 @@ class _LedgerFold:
         return wrong
 
     def _rename_queue(self, sink: str, to: str) -> None:
-        """Count for the new name what was fanned out to the old one; for none where the queue was removed."""
+        """Count events that were fanned out to the old name for the new one, or for none if the queue was removed."""
         before = self.fanned_out.pop(sink, 0)
         if to:
             self._add_fanned_out(to, before)
@@ -248,7 +248,7 @@ class _LedgerFold:
         self.fanned_out[sink] = self.fanned_out.get(sink, 0) + events
 
     def add_row(self, row: LedgerRow) -> None:
-        """Add a row to that of its writer."""
+        """Add a row to the row of its writer."""
         self.rows.setdefault(row.writer, LedgerRow(writer=row.writer)).add(row)
 
 
@@ -337,14 +337,14 @@ def reconcile_entries(
     )
 
 
-_ATTEMPTS: Final = 5  # a difference that comes from work under way is gone at the next attempt
+_ATTEMPTS: Final = 5  # a difference that is due to work in progress is gone at the next attempt
 _BETWEEN_ATTEMPTS_S: Final = 0.2
 _COUNTED_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE, Kind.SEALED, Kind.DEAD})
-_UNREADABLE_COUNTS: Final = FileCounts(0, 1)  # of a file that cannot be read: an unknown number of events
+_UNREADABLE_COUNTS: Final = FileCounts(0, 1)  # a file that cannot be read has an unknown number of events
 
 
 class ReconciliationReport(NamedTuple):
-    """The result for a directory, and what could not be read."""
+    """The reconciliation of a directory, and the entries and files that could not be read."""
 
     reconciliation: Reconciliation
     unread_entries: int  # lines of the ledger that are damaged or of a later version
@@ -361,8 +361,8 @@ def reconcile_queues(
 ) -> dict[str, ReconciliationReport]:
     """Reconcile the queues of several sinks, by sink, after the outbox directory. Raises `OSError`.
 
-    What was fanned out to a sink must be in its ledger, because fan-out writes there first. Events that a queue accepted
-    otherwise, by replay or redelivery, do not count for that.
+    Every event that was fanned out to a sink must be in the sink's ledger, because fan-out writes there first. Events that a
+    queue accepted by replay or redelivery do not count for that.
     """
     reports: dict[str, ReconciliationReport] = {}
     for queue in directory.queues():
@@ -460,7 +460,7 @@ def _read_file(directory: Directory, name: str) -> bytes:
 def _count_sealed(directory: Directory, name: str) -> FileCounts:
     try:
         return _count_records(name, _read_file(directory, name))
-    except FileNotFoundError:  # removed, or compressed meanwhile
+    except FileNotFoundError:  # it was removed or compressed meanwhile
         name = layout.compressed_name(name)
         return _count_records(name, _read_file(directory, name))
 

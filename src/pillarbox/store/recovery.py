@@ -29,7 +29,7 @@ class LockState(Enum):
 class FileTail(Enum):
     """How a file ends."""
 
-    EMPTY = "empty"  # it is empty
+    EMPTY = "empty"  # the file is empty
     WHOLE = "whole"  # with a line feed
     TORN = "torn"  # in the middle of a line
     NUL = "nul"  # with NUL bytes: data that never reached the disk
@@ -50,9 +50,9 @@ class RecoveryAction(Enum):
     REMOVE = "remove"
 
 
-# A held lock means a living owner. Without one, the writer of a segment is dead: its events must be sealed, however the file
-# ends. Recovery changes no byte; the reader finds what is damaged. Batch files belong to delivery, empty or not; quarantine and
-# dead letters to the operator. Temporary files will be written again.
+# A held lock means a live owner. Without one, the writer of a segment is dead, and its events must be sealed, whatever the end
+# of the file looks like. Recovery changes no byte; the reader finds the damage. Batch files belong to delivery, empty or not;
+# quarantine and dead letters belong to the operator. Temporary files will be written again.
 _SOMETHING: Final = (FileTail.WHOLE, FileTail.TORN, FileTail.NUL)
 RECOVERY: Final[dict[tuple[Kind, LockState, FileTail], RecoveryAction]] = (
     {(kind, lock, tail): RecoveryAction.LEAVE for kind in Kind for lock in LockState for tail in FileTail}
@@ -61,7 +61,7 @@ RECOVERY: Final[dict[tuple[Kind, LockState, FileTail], RecoveryAction]] = (
     | {(Kind.TEMPORARY, LockState.NOBODY, tail): RecoveryAction.REMOVE for tail in FileTail}
 )
 RECOVERABLE_KINDS: Final = frozenset(kind for (kind, _, _), action in RECOVERY.items() if action is not RecoveryAction.LEAVE)
-# What a dead process may have left to be repaired: files of these kinds, and compressed files, which may be copies.
+# Files of these kinds, and compressed files, which may be copies, may need recovery after the death of a process.
 _RECOVERY_PATTERNS: Final = (*layout.patterns_of(*RECOVERABLE_KINDS), *layout.COMPRESSED_PATTERNS)
 
 
@@ -74,9 +74,9 @@ class AdoptedFile(NamedTuple):
 
 
 def recover(directory: Directory) -> list[AdoptedFile]:
-    """Recover what dead writers left: seal segments with events, remove empty ones and stale temporary files and copies.
+    """Recover the files of dead writers: seal segments with events; remove empty ones, stale temporary files and stale copies.
 
-    One thread at a time: what another thread is recovering is sealed when this returns.
+    Only one thread recovers at a time; when this returns, the segments that another thread was recovering are sealed too.
     """
     with directory.recovery_lock:
         return _recover(directory)
@@ -90,7 +90,7 @@ def _recover(directory: Directory) -> list[AdoptedFile]:
     directory.forget_skips(segments)
     to_seal: list[LockedFile] = []
     adopted: list[AdoptedFile] = []
-    skipped_writers: set[str] = set()  # another process holds one of their segments, for which the later ones must wait
+    skipped_writers: set[str] = set()  # writers with a segment that another process has locked; their later segments must wait
 
     def renamed(files: Sequence[LockedFile], names: Sequence[str]) -> None:
         for file, name in zip(files, names, strict=True):
@@ -105,7 +105,7 @@ def _recover(directory: Directory) -> list[AdoptedFile]:
             if writer not in skipped_writers and not _recover_file(directory, name, to_seal):
                 skipped_writers.add(writer)
         if to_seal:
-            # What other writers sealed since is older than these, whatever the clock says.
+            # Batches that other writers have sealed since then must count as older than these, whatever the clock says.
             directory.seal_after(directory.disk_usage().newest_sealed_at)
         for index, file in enumerate(to_seal):
             to_seal[index] = _sync_or_rewrite(directory, file)
@@ -119,7 +119,7 @@ def _recover(directory: Directory) -> list[AdoptedFile]:
 def _sync_or_rewrite(directory: Directory, file: LockedFile) -> LockedFile:
     """Sync a file.
 
-    Where that fails, rewrite it; where that fails too, keep it: its lines are checked when they are read.
+    If that fails, rewrite it; if that fails too, use it as it is, because its lines are checked when they are read.
     """
     try:
         directory.filesystem.sync_data(file.fd)
@@ -137,7 +137,7 @@ def _sync_or_rewrite(directory: Directory, file: LockedFile) -> LockedFile:
 def _recover_file(directory: Directory, name: str, to_seal: list[LockedFile]) -> bool:
     """Apply the recovery table to a file, and add it to `to_seal` if it is to be sealed.
 
-    False where another process holds it.
+    False if another process has locked it.
     """
     try:
         file = directory.lock_existing(name)

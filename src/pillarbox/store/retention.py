@@ -1,9 +1,9 @@
-"""Retains delivered batch files for a while, under names that say when they were delivered. The first delivered go first.
+"""Retains delivered batch files for a while, under names that contain the time of delivery. The oldest are removed first.
 
-Only the names say how old they are, so that the next process continues. Other processes remove retained files too, for want of
-space, or redeliver them: before files are removed for exceeding a limit, the directory is listed again, at most once a second.
-Where the volume lacks space, the sealer of any process evicts retained files, of all sinks. A file that several sinks retain is
-removed for all of them at once, because only removing its last name frees space.
+Only the names say how old the files are, so that the next process continues. Other processes remove retained files too, for
+lack of space, or redeliver them. So the directory is listed again, at most once a second, before files that exceed a limit are
+removed. If the volume lacks space, the sealer of any process removes retained files of all sinks. A file that several sinks
+retain is removed for all of them at once, because only the removal of its last name frees space.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-FILES_MAX: Final = 100_000  # each listing of the directory includes all of them
-_RELIST_S: Final = 1.0  # at least, between two listings
+FILES_MAX: Final = 100_000  # retained files; each listing of the directory includes all of them
+_RELIST_S: Final = 1.0  # shortest time between two listings
 _RELIST_SHARE: Final = 10  # listing may take a tenth of the time
 _NOT_RETAINED: Final = "delivered files could not be retained"
 _NOT_REMOVED: Final = "retained files could not be removed"
-_STEP_MICROS: Final = 5_000_000  # the wall clock may be so far ahead of the monotonic one; clocks are adjusted all the time
-_STEP_BELIEVED_AFTER_S: Final = 600.0  # a step of the wall clock ahead that lasts for so long is a correction
-_REMOVE_AT_ONCE_MAX: Final = 1000  # per call: deliveries wait for it
+_STEP_MICROS: Final = 5_000_000  # how far the wall clock may be ahead of the monotonic one: clocks are adjusted all the time
+_STEP_BELIEVED_AFTER_S: Final = 600.0  # a forward step of the wall clock that lasts for so long is a correction
+_REMOVE_AT_ONCE_MAX: Final = 1000  # files per call, because deliveries wait for it
 
 
 class _SteadyClock:
-    """The wall clock without steps ahead, until one has lasted for `believe_s` seconds.
+    """The wall clock without forward steps, until one has lasted for `believe_s` seconds.
 
-    A clock that is a day ahead for a second would otherwise remove what was to be retained for a day.
+    Otherwise a clock that is a day ahead for a second would remove files that must be retained for a day.
     """
 
     def __init__(self, clock: Clock, believe_s: float) -> None:
         self._clock = clock
         self._believe_s = believe_s
-        self._wall_micros, self._monotonic_s = clock.micros(), clock.monotonic()  # when both were right
+        self._wall_micros, self._monotonic_s = clock.micros(), clock.monotonic()  # times of both clocks when they agreed
         self._ahead_since: float | None = None  # monotonic seconds
 
     def micros(self) -> int:
@@ -74,7 +74,7 @@ class Retention:
         self._logged_problems: set[str] = set()  # logged once each, until the operation works again
 
     def retain(self, file: LockedFile) -> bool:
-        """Retain a delivered file that this process has locked. False where that fails; the file must be removed then."""
+        """Retain a delivered file that this process has locked. False if that fails; then the file must be removed."""
         try:
             size = self._directory.filesystem.size(file.fd)
             name = self._directory.retain(file.name)
@@ -87,8 +87,8 @@ class Retention:
         return True
 
     def prune(self) -> None:
-        """Remove files that are too old or exceed a limit. What cannot be removed is tried again at the next call."""
-        kept: list[FileEntry] = []  # they could not be removed
+        """Remove files that are too old or exceed a limit. Files that cannot be removed are tried again at the next call."""
+        kept: list[FileEntry] = []  # files that could not be removed
         problem: OSError | None = None
         try:
             if self._list_at is None or (self._is_over_limit() and self._clock.monotonic() >= self._list_at):
@@ -139,7 +139,7 @@ def retention_directories(directory: Directory) -> dict[str, Directory]:
 def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
     """Remove retained files until `enough(bytes removed)` or none is left. Returns how many. Raises `OSError`."""
     retained = [(file, where) for where in retention_directories(directory).values() for file in where.delivered_files()]
-    # last: removing a retained link frees nothing while the batch waits for another sink
+    # Batches that are pending for another sink come last, because removing a retained link of theirs frees nothing.
     waiting = directory.waiting_batch_ids()
     retained.sort(key=lambda item: (layout.batch_id(item[0].name) in waiting, item[0]))
     names: dict[str, list[tuple[FileEntry, Directory]]] = {}  # by batch id
@@ -153,7 +153,7 @@ def evict_delivered(directory: Directory, enough: Callable[[int], bool]) -> int:
         try:
             for file, where in links:
                 where.remove(file.name)
-        except OSError as error:  # of this file: the next one may be removed
+        except OSError as error:  # an error of this file; the next one may be removed
             problem = error
             continue
         removed += 1

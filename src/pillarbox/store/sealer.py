@@ -1,7 +1,7 @@
 """Seals retired segments, in a thread of its own: syncs, renames, keeps spares ready, seals by age, and has limits enforced.
 
-Everything that could make a caller of `enqueue` wait happens here. `step` does one round and returns when the next is due. The
-thread only calls it, so a test can do the same with a clock of its own.
+Work that could make a caller of `enqueue` wait is done here. `step` does one round and returns when the next one is due. The
+thread does nothing but call it, so that a test can do the same with a clock of its own.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 AGE_STRETCHED_MAX_S: Final = 60.0  # the longest stretched interval, unless `flush_interval` is longer
-# How long segments may gather after a round that sealed some. Each system call here may cost a caller of `enqueue` a switch of
-# threads, about 30 us on two cores; segments that are sealed in one round share many of the calls.
+# How long retired segments may accumulate after a round that sealed some. Each system call here may cost a caller of `enqueue`
+# a switch of threads, about 30 us on two cores; segments that are sealed in one round share many of the calls.
 _PACE_S: Final = 0.03
-_PACE_EVICTING_S: Final = 0.01  # with eviction, where a round also makes the room that callers need
-_RETRY_S: Final = 1.0  # after an error of the disk
+_PACE_EVICTING_S: Final = 0.01  # the same with eviction, where a round also makes the room that callers need
+_RETRY_S: Final = 1.0  # pause after a disk error
 
 
 def stretched_flush_interval(flush_interval: float, waiting: int) -> float:
-    """The seconds after which the active segment is sealed by age while so many sealed files are not yet delivered."""
+    """The seconds after which the active segment is sealed by age while `waiting` sealed files are not delivered yet."""
     return min(max(AGE_STRETCHED_MAX_S, flush_interval), flush_interval * 2.0 ** min(waiting, 16))
 
 
@@ -57,11 +57,11 @@ class SealerInbox:
         self._queue.put(None)
 
     def add_ticket(self, ticket: threading.Event) -> None:
-        """Wake the sealer, which sets `ticket` after the round that begins then."""
+        """Wake the sealer, which sets `ticket` after its next round."""
         self._queue.put(ticket)
 
     def wait(self, timeout_s: float, gather_s: float) -> list[threading.Event]:
-        """Wait for work, then for more of it to gather. Returns the tickets that came; a ticket ends both waits."""
+        """Wait for work, then for more of it to accumulate. Returns the tickets that came; a ticket ends both waits."""
         tickets: list[threading.Event] = []
         for wait in (timeout_s, gather_s):
             if not wait or tickets:
@@ -80,19 +80,19 @@ class SealerInbox:
 
 
 class _StartGate:
-    """Holds a new thread until all other parts have started too, or one of them could not."""
+    """Holds a new thread until all other parts have started, or one of them has failed to."""
 
     def __init__(self) -> None:
         self._opened = threading.Event()
         self._works = False
 
     def open(self, *, works: bool) -> None:
-        """Let the thread go on; `works` says whether it is to work, or to end."""
+        """Let the thread continue; `works` says whether it works or ends."""
         self._works = works
         self._opened.set()
 
     def wait(self) -> bool:
-        """Wait for `open`. Returns whether the thread is to work."""
+        """Wait for `open`. Returns whether the thread works."""
         self._opened.wait()
         return self._works
 
@@ -132,23 +132,23 @@ class Sealer:
         self._thread: threading.Thread | None = None
         self._start_gate = _StartGate()
         self._stopping = False
-        self._unrecorded: list[SealedEntry] = []  # sealed, with names that are not durable yet
-        self._pace = 0.0  # seconds for which the next wait lets segments gather
+        self._unrecorded: list[SealedEntry] = []  # sealed files whose names are not durable yet
+        self._pace = 0.0  # seconds for which the next wait lets segments accumulate
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
         self._unsynced_lines: UnsyncedLines = (lambda _: ()) if committer is None else committer.unsynced_lines
-        self._syncs_spare_names = syncs_spare_names  # for `durability="power"`
+        self._syncs_spare_names = syncs_spare_names  # answers callers with `durability="power"`
         self._sync_at_once = (
             1 if syncs_spare_names else RETIRED_MAX
-        )  # segments synced in one call; whoever waits for one of them waits for all
+        )  # segments synced in one call; a caller that waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
         self._logged_drops = dict(writer.dropped)
         self._reasons_dropping: set[str] = set()
-        self.problem = ""  # of the last round; empty if there was none
+        self.problem = ""  # problem of the last round; empty if there was none
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
     def start(self) -> None:
         """Start the thread, which waits for `run_rounds`. Raises `RuntimeError` if the system has no thread to give."""
-        self._seal_requests.has_new()  # earlier requests are not for this writer
+        self._seal_requests.has_new()  # requests that were made earlier do not concern this writer
         gate = _StartGate()
         thread = threading.Thread(target=self._run, args=(gate,), name="pillarbox-sealer", daemon=True)
         thread.start()
@@ -159,7 +159,7 @@ class Sealer:
         self._start_gate.open(works=True)
 
     def cancel_start(self) -> None:
-        """End a thread that `run_rounds` has not let work."""
+        """End the thread before `run_rounds` was called."""
         self._start_gate.open(works=False)
         self._thread = None
 
@@ -173,12 +173,12 @@ class Sealer:
         return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 
     def request_stop(self) -> None:
-        """Have the thread seal what is left, and end."""
+        """Tell the thread to seal the remaining segments and end."""
         self._stopping = True
         self._inbox.wake()
 
     def stop(self, timeout: float) -> bool:
-        """Seal what is left and end the thread. False where it has not ended after `timeout` seconds."""
+        """Seal the remaining segments and end the thread. False if it has not ended after `timeout` seconds."""
         self.request_stop()
         if self._thread is not None:
             self._thread.join(timeout)
@@ -195,7 +195,7 @@ class Sealer:
             tickets = self._inbox.wait(wait, pace)
             try:
                 wait = self.step()
-            except Exception as error:  # a defect must not end this thread: nothing would be sealed any more
+            except Exception as error:  # a defect must not end this thread, because nothing would be sealed any more
                 if self._set_problem(f"a defect in Pillarbox: {type(error).__name__}: {error}"):
                     log.exception("%s: a defect in Pillarbox while sealing", self._directory.path)
                 wait = _RETRY_S
@@ -247,7 +247,7 @@ class Sealer:
     def _create_spares(self, count: int) -> str:
         """Create spares and give them to the writer.
 
-        An error is returned, not raised: sealing, which makes room, must go on.
+        An error is returned, not raised, because sealing, which makes room, must go on.
         """
         if count <= 0:
             return ""
@@ -266,7 +266,7 @@ class Sealer:
         return "" if error is None else str(error)
 
     def seal_remaining(self) -> None:
-        """Seal everything, and remove empty segments. The writer accepts nothing more."""
+        """Seal all segments, and remove empty ones. The writer accepts no more events."""
         empty = self._writer.close()
         try:
             self._seal_retired()
@@ -345,15 +345,15 @@ class Sealer:
         self._on_sealed()
 
     def _leave_moved_segments(self) -> None:
-        """The directory was moved, with the spares and the active segment: begin new ones in the directory in its place."""
+        """Replace the spares and the active segment after the directory was moved: create new ones under the old path."""
         for file in self._writer.take_spares():
             self._remove_empty(file)
         self._writer.rotate("manual")
 
     def _record_sealed(self) -> None:
-        """Write the ledger entries of what was sealed.
+        """Write the ledger entries of the sealed segments.
 
-        The names were synced before: after a power loss a batch must not have another id.
+        Their names were synced before, because a batch must not get another id after a power loss.
         """
         for entry in self._unrecorded:
             self._add_ledger_entry(entry)
@@ -374,7 +374,7 @@ class Sealer:
                 log.error("%s", message)
 
     def _log_disk_state(self, problem: str) -> None:
-        """Log an error of the disk when it begins, when it changes, and when it ends."""
+        """Log a disk error when it begins, when it changes, and when it ends."""
         if not self._set_problem(problem):
             return
         if problem:
@@ -388,7 +388,7 @@ class Sealer:
         return changed
 
     def _log_drops(self) -> None:
-        """Log when events begin to be dropped for a reason, and how many were dropped when that ends."""
+        """Log when drops for a reason begin, and their number when they end."""
         now = dict(self._writer.dropped)
         for reason, total in now.items():
             if total > self._logged_drops[reason]:
@@ -402,20 +402,20 @@ class Sealer:
 
     def _call_on_drops(self) -> None:
         if self._on_drops is not None:
-            with self._writer.lock:  # under it, a drop may be counted and taken back
+            with self._writer.lock:  # while another thread holds it, a drop may be counted and uncounted
                 totals = dict(self._writer.dropped)
             self._on_drops(totals)
 
 
-REQUEST_POLL_S: Final = 0.25  # how long a request may go unseen while a writer has something to seal
-_REQUEST_BYTES_MAX: Final = 4096  # at most so much of the file is read
+REQUEST_POLL_S: Final = 0.25  # how long a request may remain unnoticed while a writer has something to seal
+_REQUEST_BYTES_MAX: Final = 4096  # bytes of the file that are read at most
 
 
 class SealRequest(msgspec.Struct, frozen=True):
     """The content of `seal.request`: an id, and when it was written.
 
-    A command writes it to have the writers of a directory seal their active segments. Each sealer compares it with what it read
-    last. A torn, lost or forged file only has a segment sealed early, or the command asks again.
+    A command writes it to make the writers of a directory seal their active segments. Each sealer compares it with the content
+    that it read last. A torn, lost or forged file does no harm: a segment is sealed early, or the command repeats the request.
     """
 
     id: str
@@ -435,7 +435,7 @@ class SealRequestReader:
     def has_new(self) -> bool:
         """Whether a request came after the last one that was handled.
 
-        Reads the file seldom; the first call marks its content as old.
+        Reads the file only from time to time; the first call marks its content as old.
         """
         now = self._clock.monotonic()
         if now >= self._next_poll:
@@ -467,7 +467,7 @@ class SealRequestReader:
 
 
 def request_seal(directory: Directory, clock: Clock) -> None:
-    """Have all writers of the directory seal their active segments.
+    """Request all writers of the directory to seal their active segments.
 
     Raises `FileUnusableError`, or the `OSError` of the disk.
     """

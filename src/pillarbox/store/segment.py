@@ -1,8 +1,8 @@
 """A segment: a file that one writer appends to. It is a spare, then active, then retired until it is sealed.
 
-`SegmentSyncer` makes its bytes durable. A kernel may drop what it could not write and report success for the next sync. So a
-segment whose sync has failed is never synced again: it is retired and rewritten, from what can be read and from the lines that
-are still in memory.
+`SegmentSyncer` makes its bytes durable. A kernel may drop data that it could not write and report success for the next sync. So
+a segment whose sync has failed is never synced again: it is retired and rewritten, from what can be read and from the lines
+that are still in memory.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
 
 
-_TAIL_READ_BYTES: Final = 64 * 1024  # read at a time to find the last whole line
+_TAIL_READ_BYTES: Final = 64 * 1024  # bytes read at a time to find the last whole line
 
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 
 class Segment(SegmentCounters):
-    """A segment and what this process knows of it. The base class has the counters that the hot path needs."""
+    """A segment and its state in this process. The base class has the counters that the hot path needs."""
 
     __slots__ = (
         "has_leftover",
@@ -53,10 +53,10 @@ class Segment(SegmentCounters):
         self.fd = locked_file.fd
         self.number = layout.active_sort_key(locked_file.name)[1]  # a writer fills its segments in this order
         self.sync_lock = threading.Lock()  # held while the segment is synced, rewritten or closed
-        self.synced_bytes = 0  # so many bytes are known to be durable
-        self.truncated = False  # bytes were cut off since the last sync: without another one they may come back after a crash
+        self.synced_bytes = 0  # number of bytes that are known to be durable
+        self.truncated = False  # bytes were cut off since the last sync, and may come back after a crash without another one
         self.name_durable = name_durable  # the directory was synced after the file was created
-        self.sync_unknown = False  # a sync has begun and its result is not known
+        self.sync_unknown = False  # a sync has begun, and its result is not known yet
         self.has_leftover = False  # bytes of a dropped call that could not be cut off follow the counted ones
         self.is_sealed = False  # it was renamed to its sealed name, and its descriptor is closed
         self.bytes = 0
@@ -70,7 +70,7 @@ NO_FILE: Final = LockedFile("", -1)
 
 
 def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
-    """The offset behind the last line feed in a file of `size` bytes; 0 where it has none."""
+    """The offset after the last line feed in a file of `size` bytes; 0 if it has none."""
     while size:
         start = max(0, size - _TAIL_READ_BYTES)
         line_feed = filesystem.read_at(fd, start, size - start).rfind(b"\n")
@@ -87,7 +87,7 @@ def ends_with_line_feed(filesystem: Filesystem, fd: int) -> bool:
 
 
 def cut_off_short_write(filesystem: Filesystem, fd: int, written: int) -> DropReason:
-    """Cut off what a short write has written. Returns the drop reason: what cannot be cut off may be delivered."""
+    """Cut off the bytes of a short write. Returns the drop reason, because bytes that cannot be cut off may be delivered."""
     try:
         filesystem.truncate(fd, filesystem.size(fd) - written)
     except OSError:
@@ -95,9 +95,9 @@ def cut_off_short_write(filesystem: Filesystem, fd: int, written: int) -> DropRe
     return "disk_full"
 
 
-# this part of `batch_size` events are added to a full segment before a spare is looked for again
+# a full segment gets one part in this many of `batch_size` more events before the writer checks for a spare again
 SPARE_RECHECK_SHARE: Final = 16
-_GROW_EVERY: Final = 8  # for every so many retired segments, the active one may hold `batch_size` events more
+_GROW_EVERY: Final = 8  # for every this many retired segments, the active one may hold `batch_size` events more
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -107,35 +107,35 @@ class WriterLimits(NamedTuple):
     batch_size: int  # events per segment
     batch_bytes: int  # bytes per segment; one append may exceed it
     max_bytes: int  # pending bytes of the directory
-    max_files: int = 200_000  # pending files of the directory: so many are listed in well under a second
+    max_files: int = 200_000  # pending files of the directory; the default number is listed in well under a second
 
     def events_due(self, retired: int) -> int:
-        """The events at which a segment is full: more while many retired ones wait, because each file costs the sealer more."""
+        """The number of events at which a segment is full: more while many retired ones wait, as each costs the sealer time."""
         return self.batch_size * (1 + retired // _GROW_EVERY)
 
     def recheck_at(self, events: int) -> int:
-        """The events at which a full segment that could not be retired is looked at again."""
+        """The number of events at which a full segment that could not be retired is checked again."""
         return events + max(1, self.batch_size // SPARE_RECHECK_SHARE)
 
     def room_beside(self, segment: Segment) -> tuple[int, int]:
-        """The events and bytes that fit into a segment, or into an empty one where it is full."""
+        """The events and bytes that fit into a segment, or into an empty one if it is full."""
         events, size = self.batch_size - segment.events, self.batch_bytes - segment.bytes
         return (events, size) if min(events, size) > 0 else (self.batch_size, self.batch_bytes)
 
 
 class WriterProgress(NamedTuple):
-    """Total bytes that this process has appended, and that were released as delivered or evicted."""
+    """The total bytes that this process has appended, and those that were released as delivered or evicted."""
 
     appended: int
     released: int
 
 
 def drop_reason_of(error: OSError) -> DropReason:
-    """The drop reason that callers get for an `OSError` of the disk."""
+    """The drop reason for an `OSError`."""
     return "disk_full" if error.errno in _DISK_FULL else "io_error"
 
 
-# The lines of a segment that are kept in memory until they are durable: the offset in the file, and the lines.
+# The lines of a segment that stay in memory until they are durable: (offset in the file, lines).
 UnsyncedLines = Callable[[Segment], Iterable[tuple[int, bytes]]]
 
 
@@ -150,14 +150,14 @@ class SegmentSyncer:
     ) -> None:
         self._directory = directory
         self._filesystem = directory.filesystem
-        self._truncate_lock = truncate_lock  # the lock that is held while segments are truncated
-        # makes sure that nothing more is appended to a segment; raises the error where it cannot
+        self._truncate_lock = truncate_lock  # the lock under which segments are truncated
+        # ensures that nothing more is appended to a segment; raises the error if it cannot
         self._stop_appending = stop_appending
 
     def sync(self, file: Segment, unsynced_lines: UnsyncedLines) -> str:
-        """Sync what a segment has now. Returns a message about a failed sync that was repaired, or "".
+        """Sync the data that a segment has now. Returns a message about a failed sync that was repaired, or "".
 
-        Raises `OSError` where the data could not be made durable.
+        Raises `OSError` if the data could not be made durable.
         """
         with file.sync_lock:
             size = self._unsynced_size(file)
@@ -190,7 +190,7 @@ class SegmentSyncer:
         return [message for message in messages if message]
 
     def _unsynced_size(self, file: Segment) -> int | None:
-        """The number of bytes to sync: all that the segment has now. None where all of them are durable."""
+        """The number of bytes to sync: all that the segment has now. None if all of them are durable."""
         size, cut = file.bytes, file.truncated
         if cut:
             with self._truncate_lock():  # otherwise a truncation that is under way could be missed
@@ -218,7 +218,7 @@ class SegmentSyncer:
         return [next(synced) if error is None else error for error in errors]
 
     def _finish_sync(self, file: Segment, size: int, error: OSError | None, unsynced_lines: UnsyncedLines) -> str:
-        """Note the result of a sync of `size` bytes. Rewrites the segment where the sync has failed."""
+        """Record the result of a sync of `size` bytes. Rewrites the segment if the sync has failed."""
         if error is None:
             file.synced_bytes = size
             file.sync_unknown = False

@@ -1,10 +1,10 @@
 """Appends events to the active segment, and rotates segments.
 
-Does no syncing, logging or metering, and calls no callbacks but the wake-up of the sealer, under its lock.
+The writer does not sync, log or measure. It calls no callback except to wake the sealer, under its lock.
 
 The hot path is one closure (`build_enqueue`), because calls and attribute look-ups cost more than the checksum. It makes one
 comparison: with `_limit`, the number of bytes that the active segment may grow to. While an append is under way, `_limit` is
-`_IN_PROGRESS`, which is negative, so that nothing fits. Whoever finds that value is one of two: a signal handler that
+`_IN_PROGRESS`, which is negative, so that nothing fits. Two kinds of callers can find that value: a signal handler that
 interrupts an append, which continues afterwards (the handler may append, and change nothing else); or the first caller after an
 append that an exception cut short (`_append_interrupted`), which repairs the segment.
 
@@ -47,20 +47,20 @@ if TYPE_CHECKING:
 
 __all__ = ["RETIRED_MAX", "SPARES_MAX", "Writer", "WriterLimits", "WriterProgress"]
 
-# segments that wait to be sealed, each with an open descriptor; at this number the active segment grows instead
+# segments waiting to be sealed, each with an open descriptor; at this number the active segment grows instead
 RETIRED_MAX: Final = 64
 SPARES_MAX: Final = 48  # empty segments that are held ready, each with an open descriptor
-# spares have multiples of it as numbers; segments that callers create meanwhile get numbers in between
+# the numbers of spares are multiples of this; segments that callers create get numbers in between
 _SPARE_NUMBER_STEP: Final = 1000
 _IN_PROGRESS: Final = -1  # an append or a rotation is under way, or was cut short
 _NO_SEGMENT: Final = -2  # there is no active segment, or the writer is closed
-_MARKED_POLLS_MAX: Final = 10  # polls in a row; then the sealer waits for the lock, to learn whether an append is under way
+_MARKED_POLLS_MAX: Final = 10  # polls after which the sealer waits for the lock, to learn whether an append is under way
 
 
 class Writer(WriterState):
     """Appends lines to the active segment and rotates segments. Shared by the threads of a process.
 
-    `wake_sealer()` tells the sealer that there is work. It is called under the lock, so it must be re-entrant and quick.
+    `wake_sealer()` tells the sealer that it has work. It is called under the lock, so it must be re-entrant and quick.
     """
 
     _file: Segment
@@ -74,17 +74,17 @@ class Writer(WriterState):
         self._writer_id = directory.new_id()
         self._highest_used = self._highest_spare = 0  # the highest numbers so far, of a segment in use and of a spare
         self._started = self._closed = False
-        self.accepts = False  # it has started and is not closed
+        self.accepts = False  # the writer has started and is not closed
         self._file = self._last_appended = Segment(NO_FILE)
-        self._spares: deque[Segment] = deque()  # ready to become active
-        self._retiring: Segment | None = None  # being rotated out; `_repair_torn_tail` finishes what an interrupt cut short
+        self._spares: deque[Segment] = deque()  # segments that are ready to become active
+        self._retiring: Segment | None = None  # `_repair_torn_tail` finishes a rotation that was cut short
         self._limit = _NO_SEGMENT
-        self._append_interrupted = False  # an exception cut an append short, and nobody will reset `_limit`
+        self._append_interrupted = False  # an exception cut an append short, which will not reset `_limit`
         self._repairing = False  # the end of the segment is being repaired: not even a signal handler may append to it
-        self._bytes_left = 0  # bytes that the active segment may have before `max_bytes` is reached
+        self._bytes_left = 0  # size of the active segment at which `max_bytes` is reached
         self._disk_low = False  # the volume has less free space than `min_free_bytes`
-        self._sealer_notified = False  # since its last poll
-        self._marked_polls = 0  # polls of the sealer in a row that found an append under way and the lock taken
+        self._sealer_notified = False  # the sealer was woken since its last poll
+        self._marked_polls = 0  # consecutive polls of the sealer that found an append under way and the lock held
         self.pending_files = 0  # including the active segment once it holds an event
         self.retired: deque[Segment] = deque()  # oldest first
         self.syncer = SegmentSyncer(directory, lambda: self.lock, self._stop_appending)
@@ -151,7 +151,7 @@ class Writer(WriterState):
                 raise
 
     def append_unsynced(self, lines: bytes, events: int) -> tuple[Outcome, Segment]:
-        """Append whole lines for a caller that keeps them until they are synced, and that counts the drops itself."""
+        """Append whole lines for a caller that holds them in memory until they are synced, and that counts drops itself."""
         with self.lock:
             outcome = self.append(lines, events)
             if isinstance(outcome, Dropped):
@@ -159,19 +159,19 @@ class Writer(WriterState):
             return outcome if outcome is not None else DROPPED["closed"], self._last_appended
 
     def batch_room(self) -> tuple[int, int]:
-        """The events and bytes that fit into the active segment, or into the next one where this one is full."""
+        """The events and bytes that fit into the active segment, or into the next one if this one is full."""
         return self.limits.room_beside(self._file)
 
     def drop_when_closed(self, events: int) -> Dropped | None:
-        """Drop events because the writer is closed; None where it has not started yet."""
+        """Drop events because the writer is closed; None if it has not started yet."""
         return self.drop("closed", events) if self._started else None
 
     def is_locked_by_this_thread(self) -> bool:
-        """Whether this thread is in the middle of a call, and a signal handler has interrupted it."""
+        """Whether the caller is a signal handler that has interrupted this thread in the middle of a call."""
         return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threading.Condition` does
 
     def abandon_after_fork(self) -> None:
-        """In a forked child: give up the parent's segments. A child's `enqueue` calls `AppendHooks.append_unstarted`."""
+        """In a forked child: abandon the parent's segments. The child's `enqueue` calls `AppendHooks.append_unstarted`."""
         self.lock = threading.RLock()
         self._started = self._closed = self._append_interrupted = self.accepts = False
         self._file, self._limit = Segment(NO_FILE), _NO_SEGMENT
@@ -181,7 +181,7 @@ class Writer(WriterState):
     # The methods from here on are called with the lock held.
 
     def _append_slow(self, lines: bytes, events: int, previous_limit: int) -> Outcome | None:
-        """Append where the hot path could not. `previous_limit` is the value that `_limit` had."""
+        """Append if the hot path could not. `previous_limit` is the value that `_limit` had."""
         if previous_limit == _IN_PROGRESS:
             if not self._append_interrupted:
                 return self._append_nested(lines, events)
@@ -247,7 +247,7 @@ class Writer(WriterState):
             if written != size:
                 return self._count_drop(cut_off_short_write(self._filesystem, file.fd, written), events)
             if own:
-                file.bytes, file.events = size, events  # before the segment is retired: the sealer syncs what has bytes
+                file.bytes, file.events = size, events  # set before the retirement: the sealer syncs what has bytes
         except OSError as error:
             return self._count_drop(drop_reason_of(error), events)
         finally:
@@ -296,7 +296,7 @@ class Writer(WriterState):
         return Segment(self._directory.create_with_new_name(self._next_segment_name))
 
     def _next_segment_name(self) -> str:
-        """A name that was never used, with a number above those in use and below those of spares that are being created."""
+        """A name that was never used, with a number above those in use and below those of spares being created."""
         # No call: a signal handler must get another number. Multiples of the step belong to spares.
         self._highest_used += 2 if self._highest_used % _SPARE_NUMBER_STEP == _SPARE_NUMBER_STEP - 1 else 1
         number = self._highest_used
@@ -314,12 +314,12 @@ class Writer(WriterState):
         self._repairing = False
 
     def _truncate(self, file: Segment, size: int) -> None:
-        file.truncated = True  # before, for an interrupt may follow; after, for a sync may come in between
+        file.truncated = True  # set before, because an interrupt may follow, and after, because a sync may happen in between
         self._filesystem.truncate(file.fd, size)
         file.truncated = True
 
     def _start_repair(self) -> None:
-        """Repair the segment, and note where that fails, so that the next caller repairs it. Raises `OSError`."""
+        """Repair the segment; if that fails, the next caller repairs it. Raises `OSError`."""
         self._limit, self._append_interrupted, self._repairing = _IN_PROGRESS, False, True
         try:
             self._repair_torn_tail()
@@ -347,7 +347,7 @@ class Writer(WriterState):
             self._repairing = False
 
     def _undo_append(self, error: OSError, events: int) -> Dropped:
-        """After a failed append: cut off what it wrote. Where that fails too, retire the segment as it is."""
+        """After a failed append: cut off what it wrote. If that fails too, retire the segment as it is."""
         self._repairing = True
         reason = drop_reason_of(error)
         try:
@@ -356,7 +356,7 @@ class Writer(WriterState):
                 self._truncate(file, file.bytes)
         except OSError:
             file.has_leftover = True
-            reason = "io_error"  # what could not be cut off may be delivered
+            reason = "io_error"  # bytes that could not be cut off may be delivered
             self._retire("manual")
         finally:
             self._repairing = False
@@ -404,7 +404,7 @@ class Writer(WriterState):
         self._notify_sealer()
 
     def _finish_retiring(self) -> None:
-        """Do what is left once the segments are swapped. Idempotent."""
+        """Finish a rotation after the segments were swapped. Idempotent."""
         if self._spares and self._spares[0] is self._file:
             self._spares.popleft()
         if self._retiring is not None:
@@ -423,7 +423,7 @@ class Writer(WriterState):
         return self._directory.create_each([layout.active_name(self._writer_id, number) for number in numbers])
 
     def start(self, pending_bytes: int, pending_files: int) -> None:
-        """Start to accept events. `pending_bytes` and `pending_files` are what the directory holds already."""
+        """Start to accept events. `pending_bytes` and `pending_files` are the totals of the files in the directory."""
         with self.lock:
             self._bytes_left = self.limits.max_bytes - pending_bytes
             self.pending_files = pending_files
@@ -431,9 +431,9 @@ class Writer(WriterState):
             self.accepts = not self._closed
 
     def poll_for_sealer(self) -> int:
-        """For the sealer: be notified of work from now on. Returns the number of spares to create.
+        """For the sealer: start a new poll. Returns the number of spares to create.
 
-        That is twice the number of segments filled since the last poll, plus one: without a spare a writer slows down.
+        There should be twice as many spares as retired segments, plus one, because a writer without a spare is slow.
         """
         self._sealer_notified = False
         if self._limit != _IN_PROGRESS:
@@ -471,13 +471,13 @@ class Writer(WriterState):
             return spares
 
     def retire_if_full(self) -> None:
-        """Retire the active segment if it became full when it could not be retired: no event may follow to do it."""
+        """Retire the active segment if it became full when it could not be retired, because no event may follow."""
         with self.lock:
             previous_limit, self._limit = self._limit, _IN_PROGRESS
             self._restore_limit(previous_limit)
 
     def rotate(self, reason: SealReason) -> bool:
-        """Retire the active segment if it holds anything. False where an append is under way, which must find its segment."""
+        """Retire the active segment if it holds events. False if an append is under way, which must find its segment."""
         with self.lock:
             previous_limit, self._limit = self._limit, _IN_PROGRESS
             if previous_limit == _IN_PROGRESS and not self._append_interrupted:
@@ -496,7 +496,7 @@ class Writer(WriterState):
             return True
 
     def _stop_appending(self, file: Segment, error: OSError) -> None:
-        """Make sure that nothing more is appended to a segment. Raises `error` where an append is under way."""
+        """Ensure that nothing more is appended to a segment. Raises `error` if an append is under way."""
         with self.lock:
             if self._file is file and not self.rotate("manual"):
                 raise error
@@ -528,7 +528,7 @@ class Writer(WriterState):
                 self._restore_limit(previous_limit)
 
     def _restore_limit(self, previous_limit: int) -> None:
-        """Update the limit after a change, which may let a full segment retire. An append that is under way does it itself."""
+        """Update the limit after a change that may allow a full segment to retire. An append under way does so itself."""
         if previous_limit != _IN_PROGRESS:
             self._retire_if_full()
             self._update_limit()
@@ -568,12 +568,12 @@ class Writer(WriterState):
         return self._retired_events + self._file.events
 
     def active_segment(self) -> tuple[str, int] | None:
-        """The name and the number of events of the active segment; None where it is empty. Read without the lock."""
+        """The name and the number of events of the active segment; None if it is empty. Read without the lock."""
         file = self._file
         return (file.locked_file.name, file.events) if file.bytes else None
 
     def uncount_drop(self, reason: DropReason, events: int) -> None:
-        """Take back counted drops of events that are tried again."""
+        """Subtract counted drops of events that are tried again."""
         with self.lock:
             self.dropped[reason] -= events
 
@@ -583,11 +583,11 @@ class Writer(WriterState):
             return self._count_drop(reason, events)
 
     def close(self) -> list[LockedFile]:
-        """Accept nothing more, and retire the active segment. Returns the empty segments, for the sealer to remove."""
+        """Stop accepting events, and retire the active segment. Returns the empty segments, which the sealer removes."""
         with self.lock:
             self._closed, self.accepts = True, False
             if self._limit == _IN_PROGRESS:
-                with contextlib.suppress(OSError):  # it is sealed with what can be read
+                with contextlib.suppress(OSError):  # if this fails, the segment is sealed with what can be read
                     self._start_repair()
             spares = self.take_spares()
             if self._file.bytes:
