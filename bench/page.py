@@ -1,7 +1,4 @@
-"""Generates `docs/dev/benchmarks.md` and its charts from the results of one run: `python -m bench.page`.
-
-No other page states these figures.
-"""
+"""Generates `docs/dev/benchmarks.md` and its charts from the results of one run: `python -m bench.page`."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_sink_whose_thread_cannot_be_started_gets_its_events_later(
 ) -> None:
     """Meanwhile the state says so."""
     with outbox_in(tmp_path, SEVERAL) as outbox:
-        refuse_thread(monkeypatch, lambda _, name: name == "pillarbox-deliverer")
+        refuse_thread(monkeypatch, lambda _, name: name == "pillarbox-delivery")
         assert outbox.enqueue(event(1))
         wait_until(lambda: NO_THREAD in outbox.stats().state.reason)
         assert "defect" not in caplog.text

@@ -1,7 +1,7 @@
 """`make torture MINUTES=n`: runs every harness for its share of the time, two at once, and then every mutant.
 
 Prints the seeds and the figures. If a harness finds a violation, it ends with the violation and how to reproduce it. Each
-harness is described in its module, and the results of long runs are in `docs/explanation/guarantees.md`.
+harness is described in its module, and the results of long runs are in `docs/dev/proofs.md`.
 
     .venv/bin/python -m tests.crash --minutes 10
     .venv/bin/python -m tests.crash --stage kills --seconds 60 --seed 7    one harness

@@ -469,7 +469,7 @@ def main() -> None:
     print(f"seed {chosen.seed}", flush=True)  # noqa: T201 - the report
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file system is unmounted
     logging.getLogger("pillarbox").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="pillarbox-kernel-") as directory:
+    with tempfile.TemporaryDirectory(prefix="pillarbox-block-device-") as directory:
         print(run(chosen.filesystem, chosen.minutes * 60, chosen.seed, Path(directory)))  # noqa: T201
 
 

@@ -373,7 +373,7 @@ def main() -> None:
     if chosen.serve:
         serve(chosen.serve, chosen.seed, chosen.failing)
         return
-    directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-dropping-"))
+    directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-lossy-fs-"))
     print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - the report
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file system is unmounted
     report = run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True), chosen.failing)  # noqa: T201

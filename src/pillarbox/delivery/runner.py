@@ -78,7 +78,7 @@ class ThreadRunner:
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="pillarbox-deliverer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="pillarbox-delivery", daemon=True)
 
     def start(self) -> None:
         """Begin to deliver."""
