@@ -1,10 +1,10 @@
 # make run      take sample data through an outbox into SQLite, and show what arrived
 # make check    linters, types and unit tests: no server, nothing to build
 # make test     everything that must hold, the real servers included
-# make proof    what is exhaustive: crash states, interleavings, torture, mutants, sanitizers, packages
+# make proof    the exhaustive checks: crash states, interleavings, torture, mutants, sanitizers, packages
 # make docs     the documentation as a site, in var/site
-# make bench    what docs/dev/benchmarks.md has, measured on this machine: printed, and in var/bench/results.json
-# make torture MINUTES=10   crash states, faults, kills, cuts, interleavings and random answers for so long, then every mutant
+# make bench    measure the figures of docs/dev/benchmarks.md on this machine; prints them and writes var/bench/results.json
+# make torture MINUTES=10   crash states, faults, kills, power cuts, interleavings and random responses for 10 minutes, then every mutant
 # make pythons  the unit tests on every Python from 3.11 on that is installed here
 # Each sets up what it needs in .venv. `pip install .` is enough to use the library.
 
@@ -42,7 +42,7 @@ torture:
 pythons:
 	@tools/pythons
 
-# Pins anew what the .in files and pyproject.toml ask for. Wants uv.
+# Updates the pinned versions from the .in files and pyproject.toml. Needs uv.
 PIN = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --upgrade
 requirements:
 	$(PIN) --extra cli --extra spacetimedb requirements/run.in pyproject.toml --output-file requirements/run.txt

@@ -12,7 +12,7 @@ step() { # COMMAND...: print it, run it, print how long it took
 unset PYTHONDONTWRITEBYTECODE
 
 workers=${PILLARBOX_TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}
-# A worker cannot report log lines that are no UTF-8, which these tests are about; they run on their own.
+# These tests log text that is not UTF-8, which a pytest worker cannot report, so they run in the main process.
 alone=(tests/delivery/test_hostile_sinks.py)
 
 lint() {
@@ -21,8 +21,8 @@ lint() {
     step .venv/bin/mypy
 }
 
-# Finds what the tests need beside Python packages. What cannot be had is left out, and named at the end by `say_unchecked`.
-# Sets: ignored (pytest options), unchecked (sentences), and exports what tells the tests where the servers are.
+# Finds the programs and servers that the tests need besides Python packages. Tests of missing ones are left out, and
+# `say_unchecked` names them at the end. Sets: ignored (pytest options), unchecked (sentences); exports the paths of the servers.
 ignored=()
 unchecked=()
 
