@@ -97,6 +97,18 @@ def test_a_delivered_event_can_be_traced_only_by_its_batch(folder: Path) -> None
         assert sorted(history_states(answer)) == ["dead", "quarantined", "quarantined", "sealed", "settled"]
 
 
+def test_the_commands_in_the_history_of_a_batch_work(folder: Path) -> None:
+    """They show its dead letters and its damaged bytes."""
+    batch = next((folder / "box").glob("dead-*")).name.removeprefix("dead-").removesuffix(".ndjson")
+    (history,) = inspect_json(folder, batch)["batches"]
+    commands = [text for entry in history["entries"] if (text := entry["text"].partition("to show them: pillarbox ")[2])]
+    assert [command.split()[:2] for command in commands] == [["dead", "show"], ["quarantine", "show"]]
+    for command in commands:
+        completed = run(*command.split(), "-d", "box", cwd=folder)
+        assert completed.returncode == 0, completed.stderr
+        assert batch.encode() in completed.stdout
+
+
 def test_a_file_is_summarized(folder: Path) -> None:
     """Its events, their times and its damaged byte ranges; for a batch, also its other files."""
     (pending,) = (folder / "box").glob("sealed-*")

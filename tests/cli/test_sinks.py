@@ -95,9 +95,10 @@ def test_a_queue_with_dead_letters_is_not_removed(box: Path) -> None:
     (box / "sink-live" / layout.dead_name("sealed-x")).write_bytes(b"{}\n")
     text = output_of(box.parent, "sinks", "remove", "live", "--discard", "-d", "box", code=2)
     assert (
-        "1 file of dead letters, 0 files of quarantine; replay, repair or purge them first: pillarbox dead -d box/sink-live"
+        "1 file of dead letters, 0 files of quarantine; replay, repair or purge them first: pillarbox dead list -d box/sink-live"
         in text
     )
+    assert "dead-sealed-x.ndjson, line 1" in output_of(box.parent, "dead", "list", "-d", "box/sink-live", code=1)
     assert len(batch_files(box / "sink-live")) == 1
 
 

@@ -167,7 +167,7 @@ class Locator:
                 text = self._describe_dead_letters(file)
             case Kind.CORRUPT:
                 damaged = counted(file.size, "damaged byte")
-                text = f"{damaged}; to show them: pillarbox quarantine show {file.batch}"
+                text = f"{damaged}; to show them: pillarbox quarantine show --batch {file.batch}"
             case _:
                 text = "offsets of the damaged bytes"
         return HistoryEntry(

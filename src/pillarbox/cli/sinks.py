@@ -135,7 +135,7 @@ def remove(
         usage = queue.disk_usage()
         if usage.dead_files or usage.corrupt_files:
             files = f"{counted(usage.dead_files, 'file')} of dead letters, {counted(usage.corrupt_files, 'file')} of quarantine"
-            commands = f"pillarbox dead -d {queue.path} or pillarbox quarantine -d {queue.path}"
+            commands = f"pillarbox dead list -d {queue.path}, pillarbox quarantine list -d {queue.path}"
             raise UsageError(f"{queue.path} still has {files}; replay, repair or purge them first: {commands}")
         pending = counted(usage.sealed_files, "batch", "batches")
         is_last = len(directory.queues()) == 1
