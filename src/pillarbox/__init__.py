@@ -6,6 +6,7 @@ outbox.py      what an application uses; codec.py (checks and encodes events), h
 event.py, outcome.py, settings.py, errors.py, stats.py   what it passes in and gets back
 clock.py, telemetry.py   time, and OpenTelemetry instruments
 escaping.py, redaction.py   keep control characters out of logs and terminals, and secrets out of messages
+log_records.py   tells our log records from an application's; no handler that blocks holds up delivery
 store/         files on disk
 delivery/      reads batches and sends them; delivery/process/ does so in a child process
 sinks/         destinations, one module or package each
@@ -31,6 +32,7 @@ from pillarbox.errors import (
 )
 from pillarbox.escaping import EscapingFilter
 from pillarbox.event import ScopeKind, TrackingEvent
+from pillarbox.log_records import RelayFilter, SkipOwnLogRecords, is_own_log_record
 from pillarbox.outbox import Outbox
 from pillarbox.outcome import Dropped, DropReason, Durability, Enqueued, Outcome
 from pillarbox.settings import Settings, resolve
@@ -40,6 +42,7 @@ from pillarbox.stats import SinkStats, State, Stats
 __version__: Final = "0.1.0"
 
 logging.getLogger("pillarbox").addFilter(EscapingFilter())
+logging.getLogger("pillarbox").addFilter(RelayFilter())
 
 __all__ = [
     "ConfigurationError",
@@ -60,10 +63,12 @@ __all__ = [
     "Sink",
     "SinkStats",
     "SinkUnusableError",
+    "SkipOwnLogRecords",
     "State",
     "Stats",
     "TrackingEvent",
     "UsageError",
     "__version__",
+    "is_own_log_record",
     "resolve",
 ]

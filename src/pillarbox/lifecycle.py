@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from pillarbox.clock import SystemClock
 from pillarbox.forks import after_fork_in_child
+from pillarbox.log_records import leave_blocked_handlers
 
 EXIT_TIMEOUT_S: Final = 2.0  # time for the last deliveries of all outboxes together when the program exits
 
@@ -77,6 +78,7 @@ def _at_exit() -> None:
     closing = [outbox for outbox in list(_outboxes) if outbox._begin_close()]  # noqa: SLF001
     for outbox in closing:
         outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
+    leave_blocked_handlers()
 
 
 after_fork_in_child(_after_fork, last=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -12,7 +13,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from pillarbox.admin.text import counted
 from pillarbox.cli.context import require_setting
 from pillarbox.cli.options import JsonOption, OutboxOptions, QuietOption, SinkOption, expand_options
-from pillarbox.cli.output import ExitCode, err, log_to_terminal, out, print_json
+from pillarbox.cli.output import (
+    ExitCode,
+    discard_stdout,
+    err,
+    flush_stdout,
+    limited_writes,
+    log_to_terminal,
+    out,
+    print_json,
+)
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.clock import SystemClock
 from pillarbox.delivery.build import build_local_runner, build_sinks
@@ -103,16 +113,22 @@ def _deliver(
     ledger = LedgerWriter(directory, clock)
     runner = build_local_runner(settings, directory, clock, ledger, callbacks, build_sinks(settings, {}), only_delivers=True)
     directory.seal_after(directory.disk_usage().newest_sealed_at)
+    interrupted = False
     try:
         exporters.start(runner.sinks)
         runner.start()
         done = _wait_until_done(runner, directory, once_timeout_s, quiet=quiet)
     except KeyboardInterrupt:
-        done = once_timeout_s is None
+        done, interrupted = once_timeout_s is None, True
     finally:
         runner.stop(_STOP_TIMEOUT_S)
         exporters.close()
-    _print_result(runner.sinks(), directory.disk_usage().sealed_files, json=json)
+    try:
+        with limited_writes() if interrupted else nullcontext():
+            _print_result(runner.sinks(), directory.disk_usage().sealed_files, json=json)
+            flush_stdout()
+    except TimeoutError:
+        discard_stdout()
     return ExitCode.DONE if done else ExitCode.PARTIAL
 
 

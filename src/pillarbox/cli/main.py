@@ -6,7 +6,7 @@ import io
 import platform
 import sys
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -26,6 +26,7 @@ from pillarbox.cli.output import (
     ExitCode,
     discard_stdout,
     err,
+    finish_output,
     flush_stdout,
     open_missing_streams,
     out,
@@ -34,13 +35,15 @@ from pillarbox.cli.output import (
 from pillarbox.cli.quarantine import quarantine
 from pillarbox.cli.redeliver import redeliver
 from pillarbox.cli.seal import seal
-from pillarbox.cli.signals import ignore_signals
+from pillarbox.cli.signals import end_within, ignore_signals
 from pillarbox.cli.sinks import sinks
 from pillarbox.cli.spacetimedb import spacetimedb
 from pillarbox.cli.status import status
 from pillarbox.cli.tail import tail
 from pillarbox.cli.verify import verify
 from pillarbox.errors import PillarboxError
+
+_EXIT_TIMEOUT_S: Final = 2.0  # for threads that a sink of another package left behind
 
 EPILOG = """Settings come from the options, then from the environment (PILLARBOX_DIRECTORY, PILLARBOX_SINK, ...), then from
 the TOML file that --config names. Exit codes: 0 success; 1 incomplete, or a check failed: the output says what; 2 wrong
@@ -97,12 +100,16 @@ for _group in (dead, quarantine, sinks, spacetimedb):
 def run() -> None:
     """Run the command on the command line and exit with its exit code."""
     open_missing_streams()
+    interrupted = False
     try:
         code = _exit_code()
         ignore_signals()
     except KeyboardInterrupt:
         ignore_signals()
-        code = ExitCode.INTERRUPTED
+        code, interrupted = ExitCode.INTERRUPTED, True
+    finally:
+        finish_output(interrupted=interrupted)
+    end_within(_EXIT_TIMEOUT_S, code)
     sys.exit(code)
 
 

@@ -10,18 +10,22 @@ from __future__ import annotations
 import logging
 import os
 import select
+import signal
 import sys
+from contextlib import contextmanager, suppress
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TextIO, cast
 
 import msgspec
 from rich.console import Console
 
+from pillarbox.cli.streams import QueuedStream
 from pillarbox.escaping import one_line, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
+_READER_TIMEOUT_S: Final = 1.0  # at the end of a command, for a reader that stands still
 _BMP_MAX = 0xFFFF  # JSON writes a character beyond it as two
 
 
@@ -38,6 +42,7 @@ class EscapingConsole(Console):
 
 out = EscapingConsole()
 err = EscapingConsole(stderr=True)
+_queued_streams: list[QueuedStream] = []
 
 
 class ExitCode(IntEnum):
@@ -50,7 +55,12 @@ class ExitCode(IntEnum):
 
 
 def log_to_terminal(*, quiet: bool) -> None:
-    """Print log lines, of the package and of others, on standard error; `quiet` hides those below errors."""
+    """Print log lines, of the package and of others, on standard error; `quiet` hides those below errors.
+
+    From now on nothing waits for the reader of standard error.
+    """
+    with suppress(OSError, ValueError):  # no descriptor: a stream in memory, which never blocks
+        sys.stderr = _queue_writes(sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_EscapingFormatter("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, handlers=[handler])
@@ -146,6 +156,45 @@ def write_bytes(data: bytes) -> None:
         sys.stdout.buffer.write(data)
 
 
+def _queue_writes(stream: TextIO) -> QueuedStream:
+    queued = QueuedStream(stream)
+    _queued_streams.append(queued)
+    return queued
+
+
+def finish_output(*, interrupted: bool) -> None:
+    """Write out what is buffered, and end with standard streams that do not hold up the exit.
+
+    Waits for a reader of standard error that stands still for a second at most, and after an interrupt also for one of
+    standard output.
+    """
+    for stream in _queued_streams:
+        if stream.drain(_READER_TIMEOUT_S) and sys.stderr is stream:
+            sys.stderr = stream.original
+    if interrupted:
+        try:
+            with limited_writes():
+                sys.stdout.flush()
+        except (OSError, TimeoutError):
+            discard_stdout()
+
+
+@contextmanager
+def limited_writes() -> Iterator[None]:
+    """Let what is written to a standard stream in the block raise `TimeoutError` if its reader stands still."""
+
+    def give_up(_number: int, _frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, _READER_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def flush_stdout() -> None:
     """Write out what is buffered; raises `OSError` if that is not possible."""
     sys.stdout.flush()
@@ -160,8 +209,12 @@ def wait_while_read(seconds: float) -> None:
 
 
 def screen_console() -> Console:
-    """A console for a display that is drawn again and again. What it shows must be escaped already."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """A console for a display that is drawn again and again. What it shows must be escaped already.
+
+    It does not wait for a terminal that is stopped (Ctrl-S).
+    """
+    stream = _queue_writes(sys.stdout) if sys.stdout.isatty() else sys.stdout
+    return Console(file=cast("TextIO", stream), highlight=False, markup=False, emoji=False)
 
 
 def print_usage_error(lines: str) -> None:

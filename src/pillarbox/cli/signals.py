@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,19 @@ def ignore_signals() -> None:
     """Ignore both: a signal while the interpreter exits would only print a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_within(seconds: float, code: int) -> None:
+    """Let the exit of the interpreter, which waits for threads that are no daemons, take `seconds` at most."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon]
+    if not others:
+        return
+
+    def exit_later() -> None:
+        threading.Event().wait(seconds)
+        os._exit(code)
+
+    threading.Thread(target=exit_later, daemon=True).start()
 
 
 @contextmanager

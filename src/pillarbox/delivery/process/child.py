@@ -51,7 +51,7 @@ _PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 _IGNORED_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _REPORT_IDLE_S: Final = 0.25  # between two checks for something to report while no file is settled
 _REPORT_INTERVAL_S: Final = 0.05  # shortest time between two reports: each takes the parent's GIL from callers of `enqueue`
-_LOG_LINES_MAX: Final = 1000  # buffered for a parent that does not read; the oldest are dropped
+_LOG_LINES_MAX: Final = 1000  # buffered for a parent that does not read; further ones are lost
 _FILES_MAX: Final = 10_000  # settled files buffered for such a parent, which lists the directory anyway
 _SURPLUS_S: Final = 1.0  # a child that is on standby for longer is not needed; at first the other process may be about to end
 _LAST_REPORT_S: Final = 1.0  # time for the last report
@@ -128,7 +128,8 @@ class ParentChannel(logging.Handler):
     def __init__(self, connection: socket.socket, level: int) -> None:
         super().__init__()
         self._socket = connection
-        self._lines: deque[LogLine] = deque(maxlen=_LOG_LINES_MAX)
+        self._lines: deque[LogLine] = deque()
+        self._lost_lines = 0
         log.setLevel(level)
         logging.getLogger().addHandler(self)
 
@@ -141,6 +142,9 @@ class ParentChannel(logging.Handler):
         """Keep a log record for the parent: each of Pillarbox, and warnings and errors of others."""
         if record.levelno < logging.WARNING and not record.name.startswith(log.name):
             return
+        if len(self._lines) >= _LOG_LINES_MAX:
+            self._lost_lines += 1
+            return
         trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
         self._lines.append(LogLine(record.name, record.levelno, record.getMessage(), record.created, trace))
 
@@ -149,6 +153,9 @@ class ParentChannel(logging.Handler):
         with contextlib.suppress(OSError):
             while self._lines:
                 self._socket.sendall(msgspec.json.encode(self._lines.popleft()) + b"\n")
+            lost, self._lost_lines = self._lost_lines, 0
+            if lost:
+                log.warning("log lines of the delivery process that were lost, because nobody read them: %d", lost)
             self._socket.sendall(msgspec.json.encode(message) + b"\n")
 
 

@@ -32,6 +32,7 @@ from pillarbox.delivery.process.protocol import (
 )
 from pillarbox.errors import FileUnusableError
 from pillarbox.forks import after_fork_in_child
+from pillarbox.log_records import relay_record
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 from pillarbox.store.os_filesystem import exists
 
@@ -339,7 +340,7 @@ def _log_child_line(message: LogLine) -> None:
                 "exc_text": message.trace,
             }
         )
-        logger.handle(record)
+        logger.handle(record) if logger is log else relay_record(logger, record)
 
 
 _PACKAGE_PARENT: Final = __file__.removesuffix("/pillarbox/delivery/process/supervisor.py")

@@ -1,0 +1,105 @@
+"""A standard stream that never blocks: what is written waits in memory, and is lost if nobody reads it for too long."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from typing import TextIO
+
+_BYTES_MAX: Final = 1 << 20  # in memory
+_WRITE_BYTES: Final = 1 << 12  # at once; a pipe takes as much as one piece
+
+
+class QueuedStream(io.TextIOBase):
+    """A text stream whose text a daemon thread writes to another stream's descriptor."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.original = stream
+        self._fd = stream.fileno()
+        self._encoding = stream.encoding
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque()
+        self._waiting_bytes = 0  # including what is being written
+        self._lost_lines = 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # typeshed's can be assigned to
+        """That of the other stream."""
+        return self._encoding
+
+    def fileno(self) -> int:
+        """The descriptor of the other stream."""
+        return self._fd
+
+    def isatty(self) -> bool:
+        """Whether the other stream is a terminal."""
+        return os.isatty(self._fd)
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def write(self, text: str) -> int:
+        """Queue a text. If too much waits already, it is lost, and the number of lost lines is written in its place."""
+        data = text.encode(self._encoding, "backslashreplace")
+        with self._changed:
+            if self._waiting_bytes + len(data) > _BYTES_MAX:
+                self._lost_lines += text.count("\n")
+                return len(text)
+            self._append_loss()
+            self._append(data)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pillarbox-output", daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:  # the system has no thread to give; the next text tries again
+                    self._thread = None
+            self._changed.notify_all()
+        return len(text)
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until everything is written; False if that takes longer than `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
+
+    def _append(self, data: bytes) -> None:
+        self._waiting.append(data)
+        self._waiting_bytes += len(data)
+
+    def _append_loss(self) -> None:
+        lost, self._lost_lines = self._lost_lines, 0
+        if lost:
+            lines = "1 line was" if lost == 1 else f"{lost:,} lines were"
+            self._append(f"WARNING {lines} lost here: nobody read them\n".encode())
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting)
+                data = self._waiting.popleft()
+            self._write_out(data)
+            with self._changed:
+                self._waiting_bytes -= len(data)
+                if not self._waiting_bytes:
+                    self._append_loss()
+                self._changed.notify_all()
+
+    def _write_out(self, data: bytes) -> None:
+        """Write to the descriptor, and not to the stream: at its exit the interpreter takes the stream's lock."""
+        rest = memoryview(data)
+        while rest:
+            try:
+                written = os.write(self._fd, rest[:_WRITE_BYTES])
+            except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
+                select.select([], [self._fd], [])
+            except OSError:  # the reader is gone, or the volume is full
+                return
+            else:
+                rest = rest[written:]
