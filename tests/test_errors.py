@@ -84,7 +84,7 @@ def test_an_exception_in_a_pool_reaches_the_caller(method: str) -> None:
     """One that cannot be unpickled makes `map` wait for ever."""
     with multiprocessing.get_context(method).Pool(1) as pool:
         result = pool.map_async(make_invalid_event, [1])
-        with pytest.raises(InvalidEventError, match="scope_id: is a int, not a str") as caught:
+        with pytest.raises(InvalidEventError, match="scope_id: has the type int, not str") as caught:
             result.get(60)
     assert caught.value.field == "scope_id"
 

@@ -85,7 +85,7 @@ class Codec:
             msgspec.DecodeError: It is not JSON of the event type.
         """
         if not isinstance(payload, bytes):
-            raise InvalidEventError("event", f"is a {type(payload).__name__}, not bytes of JSON")
+            raise InvalidEventError("event", f"has the type {type(payload).__name__}; use bytes of JSON")
         value = payload.strip(_JSON_WHITE_SPACE)
         if len(value) > EVENT_BYTES_MAX:
             raise InvalidEventError("event", f"has {len(value)} bytes as JSON; the limit is {EVENT_BYTES_MAX}")
@@ -244,7 +244,7 @@ class EventEncoder:
     def raise_invalid(self, event: object, payload: bytes) -> None:
         """Raise for an event that could be encoded: it has the wrong type or is too large."""
         if type(event) is not self._event_type:
-            raise InvalidEventError("event", f"is a {type(event).__name__}, not a {self._event_type.__name__}")
+            raise InvalidEventError("event", f"has the type {type(event).__name__}, not {self._event_type.__name__}")
         raise InvalidEventError("event", f"has {len(payload)} bytes as JSON; the limit is {EVENT_BYTES_MAX}")
 
     def drop_invalid(self, event: object, error: Exception) -> Dropped:
@@ -261,4 +261,4 @@ class EventEncoder:
         """Log why an event was dropped as invalid; each reason once."""
         if reason not in self._logged_reasons and len(self._logged_reasons) < _LOGGED_REASONS_MAX:
             self._logged_reasons.add(reason)
-            log.warning("%s: dropped an invalid event; more like it are dropped without a log line: %s", self._name, reason)
+            log.warning("%s: dropped an invalid event: %s (further ones with this reason are only counted)", self._name, reason)

@@ -100,7 +100,7 @@ _OPTIONAL_TEXT_FIELDS: Final = ("user_id", "owner_user_id", "profile_id", "modul
 
 def _check_text(field: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InvalidEventError(field, f"is a {type(value).__name__}, not a str")
+        raise InvalidEventError(field, f"has the type {type(value).__name__}, not str")
     if not value.isascii():
         try:
             value.encode()
@@ -124,7 +124,7 @@ def _check_event(event: TrackingEvent) -> None:
             raise InvalidEventError("metadata_json", f"is not JSON: {error}") from None
     micros = event.occurred_at_micros
     if type(micros) is not int:
-        raise InvalidEventError("occurred_at_micros", f"is a {type(micros).__name__}, not an int")
+        raise InvalidEventError("occurred_at_micros", f"has the type {type(micros).__name__}, not int")
     if not INT64_MIN <= micros <= INT64_MAX:
         raise InvalidEventError("occurred_at_micros", "is an integer of more than 64 bits")
 
