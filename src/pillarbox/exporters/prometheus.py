@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pillarbox.telemetry import Metric
 
-# The words for OpenTelemetry's units in Prometheus names; other units in braces are left out.
+# The names of OpenTelemetry's units in Prometheus; other units in braces are left out.
 _UNITS: Final = {"By": "bytes", "s": "seconds", "{event}/s": "per_second"}
 
 

@@ -26,7 +26,7 @@ State = dict[str, bytes]  # path -> content; the path of a subdirectory ends wit
 
 
 class Killed(BaseException):
-    """The process is dead: nothing that it still tries reaches the disk, and no handler of its own stops this exception."""
+    """The simulated process is dead: its operations do not reach the disk, and no handler of its own stops this exception."""
 
 
 class MisuseError(Exception):
@@ -43,10 +43,10 @@ class Op(NamedTuple):
     verb: str
     path: str = ""  # one of the file's names, or a directory; that of a subdirectory that existed before ends with a slash
     inode: int = 0  # or the number of the directory that is made, renamed or removed
-    offset: int = 0  # of a write; of a truncation the new size
+    offset: int = 0  # offset of a write; new size of a truncation
     data: bytes = b""
-    target: str = ""  # of a rename or link
-    note: object = None  # of a mark
+    target: str = ""  # the new name of a rename or link
+    note: object = None  # the text of a mark
 
 
 class _Inode:

@@ -1,4 +1,4 @@
-"""The model of what a power loss may leave on a disk. It is weak: real file systems leave fewer states.
+"""The model of the states that a power loss may leave on a disk. It is weak: real file systems leave fewer states.
 
 `DurabilityModel` reads the trace of a `Disk`, or a prefix of it, and generates each state that a power loss may leave then.
 
@@ -48,18 +48,18 @@ class _DataChange(NamedTuple):
     is_truncation: bool
     offset: int
     data: bytes
-    certain: bool = False  # an earlier doomed change is all that keeps it from being part of the durable content
+    certain: bool = False  # only an earlier doomed change prevents it from being part of the durable content
 
 
 class _File:
-    """What may be left of a file's data."""
+    """The states in which a file's data may be left."""
 
     __slots__ = ("base", "changes", "unsyncable", "variants")
 
     def __init__(self, data: bytes = b"") -> None:
         self.base = data  # durable
-        self.changes: list[_DataChange] = []  # since then, in order
-        self.unsyncable = 0  # no sync makes the first so many of them certain
+        self.changes: list[_DataChange] = []  # changes since then, in order
+        self.unsyncable = 0  # number of changes, from the first, that no sync makes certain
         self.variants: dict[Tears, tuple[list[bytes], list[bytes]]] = {}
 
     def add(self, change: _DataChange) -> None:
@@ -75,7 +75,7 @@ class _File:
         self.changes.clear()
 
     def fail_sync(self) -> None:
-        # What a later sync made certain behind a doomed write stays certain: each change has its own flag.
+        # A change that a later sync made certain after a doomed write stays certain, so each change has its own flag.
         self.unsyncable = len(self.changes)
 
     def complete(self) -> bytes:
@@ -106,11 +106,11 @@ class _NameChange(NamedTuple):
 
     name: _Name
     directory: int  # the directory whose sync makes it durable
-    key: _Key | None  # where the name is afterwards; None where it is removed
+    key: _Key | None  # where the name is afterwards; None if it is removed
 
 
 class DurabilityModel:
-    """What a power loss may leave after a trace, or a prefix of one. Advances with the trace.
+    """The states that a power loss may leave after a trace, or a prefix of one. The model advances with the trace.
 
     Files whose name is in `ignoring` are left out, as if they had never been made.
     """
@@ -203,12 +203,12 @@ class DurabilityModel:
         self._unsynced = left
 
     def complete_state(self) -> State:
-        """The state with everything applied: what the death of every process leaves."""
+        """The state with every change applied, which the death of every process leaves."""
         contents = {number: file.complete() for number, file in self._files.items()}
         return {path: contents.get(number, b"") for path, number in self._paths(self._running).items()}
 
     def states(self, tears: Tears = (), torn: int = 1) -> Iterator[State]:
-        """Each state that may be left, with a torn write in at most `torn` files, and torn at `tears` only.
+        """Each possible state, with a torn write in at most `torn` files, and torn only at `tears`.
 
         States that differ only in which file has which name, with the same names and contents, may come twice.
         """
@@ -269,11 +269,11 @@ class DurabilityModel:
 
     @property
     def unsynced_names(self) -> int:
-        """The number of changes of names that are not durable; each doubles the directories that may be left."""
+        """The number of changes of names that are not durable; each doubles the number of possible directories."""
         return len(self._unsynced)
 
     def _possible_names(self) -> Iterable[dict[str, int]]:
-        """The names that may exist, with what each names; each different directory once."""
+        """The names that may exist, with the file or directory of each; each different directory once."""
         if len(self._unsynced) > NAMES_MAX:
             raise OverflowError(f"{len(self._unsynced)} changes of names without a sync of their directory")
         found = {frozenset(self._durable.items()): self._durable}
@@ -317,7 +317,7 @@ class DurabilityModel:
         return known
 
     def _may_hold(self, file: _File, data: bytes) -> bool:
-        """Whether a file may have a content. For files with too many contents to list: drops those that cannot become it."""
+        """Whether a file may have a content. If there are too many to list, drops those that cannot become this one."""
         whole, torn = {file.base}, set[bytes]()
         for index, change in enumerate(file.changes):
             whole, torn = _contents_after(change, whole, torn, ())
@@ -367,7 +367,7 @@ def _contents_after(change: _DataChange, whole: set[bytes], torn: set[bytes], te
 
 
 def _zeroed_to_page_end(content: bytes, offset: int) -> bytes:
-    """What a truncation leaves that zeroed the rest of its page in memory, if only that page reached the disk."""
+    """The content after a truncation that zeroed the rest of its page in memory, if only that page reached the disk."""
     end = min(len(content), -(-offset // _PAGE) * _PAGE)
     return content[:offset] + bytes(max(0, end - offset)) + content[max(offset, end) :]
 

@@ -1,4 +1,4 @@
-"""A file system around another one, whose operations fail as told.
+"""A file system that wraps another one and makes chosen operations fail.
 
 A `Fault` names an operation, its n-th call, and the error. It fails once, or permanently from there on. With `partial`, an
 operation that can take effect in part does so first: half of the data is written. (A plain `write` then returns how much it
@@ -72,14 +72,14 @@ class FaultCounter:
     def __init__(self, *faults: Fault) -> None:
         self.faults = faults
         self.counts: dict[str, int] = dict.fromkeys(VERBS, 0)
-        self.failures = 0  # so many operations have failed
+        self.failures = 0  # number of operations that have failed
 
     def clear_faults(self) -> None:
-        """From now on nothing fails."""
+        """Remove all faults: no operation fails any more."""
         self.faults = ()
 
     def count(self, verb: str) -> Fault | None:
-        """Count an operation that is about to begin. Returns the fault that it meets, or None."""
+        """Count an operation that is about to begin. Returns the fault that applies to it, or None."""
         self.counts[verb] += 1
         count = self.counts[verb]
         for fault in self.faults:
@@ -97,7 +97,7 @@ class FaultFilesystem(SequentialBatchOps, PortableScanOps):
         self.counter = fault if isinstance(fault, FaultCounter) else FaultCounter(*([fault] if fault else []))
 
     def _fail_if_due(self, verb: str, path: str = "") -> None:
-        """Fail where that is due and nothing takes effect in part."""
+        """Raise the error if this call must fail. For operations that cannot take effect in part."""
         fault = self.counter.count(verb)
         if fault is not None:
             raise _error(fault, path)
