@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from pillarbox import Dropped, Enqueued, InvalidEventError, Outbox, OutboxFullError, Outcome, TrackingEvent
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.hooks import Hooks
 from pillarbox.outcome import Durability
 from pillarbox.sinks.base import PartialFailure, Rejection

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pillarbox.store.append_hooks import EnqueueFunction
     from pillarbox.store.writer import Writer
 
-FULL_REASONS: Final = frozenset({"max_bytes", "max_files", "disk_full", "disk_low"})
+FULL_REASONS: Final = frozenset({"max_bytes", "max_files", "disk_full", "disk_low", "disk_slow"})
 _RETRY_INTERVAL_S: Final = 0.01  # nothing wakes the waiting caller: a worker in another process makes room too
 
 

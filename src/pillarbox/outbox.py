@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
     import msgspec
 
-    from pillarbox.delivery.batch import DeadLetter
+    from pillarbox.delivery.dead_letter import DeadLetter
     from pillarbox.delivery.runner import Runner
     from pillarbox.store.usage import DiskUsage
 

@@ -13,6 +13,7 @@ DropReason = Literal[
     "max_files",
     "disk_full",
     "disk_low",
+    "disk_slow",
     "io_error",
     "invalid",
     "filtered",

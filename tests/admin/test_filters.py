@@ -8,7 +8,7 @@ import pytest
 from pillarbox.admin.dead_letters import DeadLetterRecord
 from pillarbox.admin.filters import RecordFilter, parse_batch_id
 from pillarbox.admin.text import format_time, parse_time
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.errors import UsageError
 
 NOW = 1_700_000_000_000_000

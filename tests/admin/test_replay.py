@@ -8,7 +8,7 @@ import pytest
 from pillarbox import TrackingEvent
 from pillarbox.admin.dead_letters import DeadLetterRecord
 from pillarbox.admin.replay import InvalidReplayError, parse_assignments, parse_edited_file, to_editable_line, with_fields
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.errors import UsageError
 from pillarbox.event import EVENT_BYTES_MAX
 from tests.admin.prepared_outboxes import VALIDATOR, event_json

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.delivery import settlement
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.errors import DirectoryUnusableError
 from pillarbox.outcome import Dropped, Enqueued, Outcome
 from pillarbox.sinks.base import Batch, CheckResult, Delivered, DeliveryResult, PartialFailure, Rejection, SinkCapabilities

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -86,7 +86,7 @@ def written_files_have_no_durable_name(patch: Patch) -> None:
 def written_files_are_not_synced(patch: Patch) -> None:
     real = Directory._write_and_rename
 
-    def write_aside(self: Directory, name: str, data: bytes) -> LockedFile:
+    def write_aside(self: Directory, name: str, data: Iterable[bytes]) -> LockedFile:
         with pytest.MonkeyPatch.context() as within:
             within.setattr(CrashFilesystem, "sync_data", nothing)
             return real(self, name, data)

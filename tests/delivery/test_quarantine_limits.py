@@ -40,7 +40,7 @@ class RejectingSink(RecordingSink):
     ("what", "kept", "lines", "raw"),
     [
         ("dead", SettlementLimits(max_dead_bytes=250), [b'"good"', b'"poison"'], b""),
-        ("quarantine", SettlementLimits(max_quarantine_bytes=10), [b'"good"'], b"damaged\n"),
+        ("quarantine", SettlementLimits(max_quarantine_bytes=80), [b'"good"'], b"damaged\n"),
     ],
 )
 def test_a_file_that_would_exceed_the_limit_is_held_and_the_others_are_delivered(

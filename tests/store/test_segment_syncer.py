@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_if_a_deleted_segment_cannot_be_recreated_the_others_are_sealed_once(tmp
     os.unlink(setup.outbox_dir.path_of(setup.files[1].locked_file.name))
     reported: list[LockedFile] = []
 
-    def fail(name: str, data: bytes) -> None:
+    def fail(name: str, data: bytes | Iterable[bytes]) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     write_atomically = setup.outbox_dir.write_atomically

@@ -8,9 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pillarbox.outcome import ENQUEUED
+from pillarbox.outcome import DROPPED, ENQUEUED
 from pillarbox.store import layout, record, writer
 from pillarbox.store.directory import Directory
+from pillarbox.store.segment import SEGMENT_BYTES_MAX
 from pillarbox.testing import ManualClock
 from tests.store.test_writer import LINE, SealingWriter
 
@@ -154,3 +155,17 @@ def test_a_handler_that_appends_during_a_rotation_gets_the_later_segment(
     monkeypatch.setattr(pipeline.writer, "_finish_retiring", append_and_finish)
     pipeline.writer.rotate("manual")
     assert [events for _, events in events_by_number(outbox_dir)] == [[1], [1], [7]]
+
+
+def test_a_segment_that_waits_for_a_slow_disk_stops_growing_at_a_limit(outbox_dir: Directory, clock: ManualClock) -> None:
+    """Events are dropped then, with a reason of their own, until the disk has caught up."""
+    pipeline = SealingWriter(outbox_dir, clock, batch_bytes=1000, max_bytes=2**30)
+    large = record.line(b'"' + b"x" * 2**20 + b'"')
+    outcomes = [pipeline.writer.append(large, 1) for _ in range(writer.RETIRED_MAX + SEGMENT_BYTES_MAX // 2**20 + 3)]
+    accepted = outcomes.index(DROPPED["disk_slow"])
+    assert outcomes[:accepted] == [ENQUEUED] * (writer.RETIRED_MAX + SEGMENT_BYTES_MAX // len(large))
+    assert set(outcomes[accepted:]) == {DROPPED["disk_slow"]}
+    pipeline.sealer.step()
+    assert pipeline.writer.append(large, 1) == ENQUEUED
+    sizes = [os.path.getsize(outbox_dir.path_of(name)) for name in os.listdir(outbox_dir.path)]
+    assert max(sizes) <= SEGMENT_BYTES_MAX

@@ -29,7 +29,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from pillarbox.clock import SystemClock
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.store import layout, ledger, reconciliation
 from pillarbox.store.directory import Directory

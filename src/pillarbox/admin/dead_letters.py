@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from pillarbox.admin.scan import FileProblem, try_read_file
-from pillarbox.delivery.batch import DeadLetter
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.store import layout
 
 if TYPE_CHECKING:

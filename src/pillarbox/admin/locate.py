@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pillarbox.admin.dead_letters import DeadLetterRecord, IdentityDecoder
     from pillarbox.admin.filters import EventHeaderDecoder
-    from pillarbox.admin.scan import FileProblem, FileRef, ScannedLine
+    from pillarbox.admin.scan import FilePart, FileProblem, FileRef, ScannedLine
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger_entries import LedgerEntry
 
@@ -180,8 +180,8 @@ class Locator:
         return f"dead letters: {counts or 'none'}; to show them: pillarbox dead show --batch {file.batch}"
 
     def _read_dead_letters(self, file: FileRef) -> list[DeadLetterRecord]:
-        data = read_first_available([file], self.problems.append)
-        letters = dead_letters.parse(file.batch, data or b"", self._identity_decoder)
+        parts = read_first_available([file], self.problems.append) or ()
+        letters = dead_letters.parse(file.batch, b"".join(part.data for part in parts), self._identity_decoder)
         self.problems += letters.problems
         return letters.records
 
@@ -192,9 +192,9 @@ class Locator:
         by_batch = files_by_batch(self._files, ACCEPTED - ACTIVE)
         active = [[file] for file in self._files if file.kind in ACTIVE]
         for files in [*by_batch.values(), *active]:
-            data = read_first_available(files, self.problems.append) or b""
-            if needle in data:
-                yield from self._in_lines(files[0], data, event_id)
+            for part in read_first_available(files, self.problems.append) or ():
+                if needle in part.data:
+                    yield from self._in_lines(files[0], part, event_id)
             on_progress(sum(file.size for file in files))
         for file in self._files:
             if file.kind is Kind.DEAD:
@@ -204,8 +204,8 @@ class Locator:
                 yield from self._in_quarantine(file, encoded)
                 on_progress(file.size)
 
-    def _in_lines(self, file: FileRef, data: bytes, event_id: str) -> Iterator[EventLocation]:
-        for line in _complete_lines(file, data):
+    def _in_lines(self, file: FileRef, part: FilePart, event_id: str) -> Iterator[EventLocation]:
+        for line in _complete_lines(file, part):
             if line.payload is not None and self._header_decoder.decode(line.payload).event_id == event_id:
                 yield EventLocation(
                     state=_FILE_STATES[file.kind],
@@ -248,16 +248,18 @@ class Locator:
         times: list[int] = []
         events = 0
         damaged: list[DamagedRange] = []
-        data = read_first_available([file], self.problems.append) or b""
+        unfinished_bytes = 0
         if file.kind in ACCEPTED:
-            for line in _complete_lines(file, data):
-                if line.damage is not None:
-                    damaged.append(line.damage)
-                if line.payload is not None:
-                    events += 1
-                    at = self._header_decoder.decode(line.payload).occurred_at_micros
-                    times += [] if at is None else [at]
-                    times = [min(times), max(times)] if times else []
+            for part in read_first_available([file], self.problems.append) or ():
+                unfinished_bytes = len(part.data) - part.data.rfind(b"\n") - 1 if file.kind in ACTIVE else 0
+                for line in _complete_lines(file, part):
+                    if line.damage is not None:
+                        damaged.append(line.damage)
+                    if line.payload is not None:
+                        events += 1
+                        at = self._header_decoder.decode(line.payload).occurred_at_micros
+                        times += [] if at is None else [at]
+                        times = [min(times), max(times)] if times else []
         elif file.kind is Kind.DEAD:
             events = len(self._read_dead_letters(file))
         else:
@@ -272,15 +274,16 @@ class Locator:
             bytes=file.size,
             events=events,
             damaged=damaged,
-            unfinished_bytes=len(data) - data.rfind(b"\n") - 1 if file.kind in ACTIVE else 0,
+            unfinished_bytes=unfinished_bytes,
             first_micros=times[0] if times else None,
             last_micros=times[-1] if times else None,
         )
 
 
-def _complete_lines(file: FileRef, data: bytes) -> Iterator[ScannedLine]:
-    """The lines of a file; of an active segment, whose last line may be just being written, the complete ones."""
-    return split_lines(data[: data.rfind(b"\n") + 1] if file.kind in ACTIVE else data)
+def _complete_lines(file: FileRef, part: FilePart) -> Iterator[ScannedLine]:
+    """The lines of a part; of an active segment, whose last line may be just being written, the complete ones."""
+    offset, data = part
+    return split_lines(data[: data.rfind(b"\n") + 1] if file.kind in ACTIVE else data, offset)
 
 
 def _describe_entry(entry: LedgerEntry) -> str:

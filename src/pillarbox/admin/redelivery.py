@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from pillarbox.admin.scan import FileProblem, try_read_file
-from pillarbox.errors import FileUnusableError
-from pillarbox.store import layout, reader
+from pillarbox.admin.scan import FileProblem, try_count_records
+from pillarbox.store import layout
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import RedeliveredEntry
 from pillarbox.store.quota import SLACK_SHARE
@@ -164,18 +163,11 @@ class Redelivery:
 
     def _event_count(self, file: RetainedFile) -> int | None:
         """The number of records in a file; None if it does not exist any more, or cannot be read and has to stay."""
-        data = try_read_file(self._queues[file.sink], file.name)
-        if data is None:
+        records = try_count_records(self._queues[file.sink], file.name)
+        if isinstance(records, FileProblem):
+            self._report.add_problems(records)
             return None
-        if isinstance(data, FileProblem):
-            self._report.add_problems(data)
-            return None
-        try:
-            contents, _ = reader.read_file(file.name, data, lambda: None)
-        except FileUnusableError as error:
-            self._report.add_problem(file.name, error.problem)
-            return None
-        return len(contents.payloads)
+        return records
 
     def _add_to_report(self, file: RetainedFile, events: int, new_batch: str | None) -> None:
         self._report.files += 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store import compression, layout, reader
+from pillarbox.store import layout, reader
 from pillarbox.store.layout import Kind
+from pillarbox.store.reader import BAD_COMPRESSION
+from pillarbox.store.windows import count_records, read_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from pillarbox.store.reader import DamagedRange
 
 _RANGES_SUFFIX = ".spans.json"
+_Content = TypeVar("_Content")
 
 
 class FileProblem(msgspec.Struct, frozen=True):
@@ -126,47 +130,86 @@ def list_batches(directory: Directory, kind: Kind, matches: Callable[[str], bool
 
 def try_read_file(directory: Directory, name: str) -> bytes | FileProblem | None:
     """A file's bytes, the problem that prevents reading them, or None if the file does not exist any more."""
+    return _try_to_read(directory, name, directory.filesystem.read_all)
+
+
+def try_count_records(directory: Directory, name: str) -> int | FileProblem | None:
+    """The number of records in a batch file; otherwise as `try_read_file`."""
+    return _try_to_read(directory, name, lambda fd: count_records(directory.filesystem, name, fd)[0])
+
+
+def _try_to_read(directory: Directory, name: str, read: Callable[[int], _Content]) -> _Content | FileProblem | None:
     try:
-        return _read_bytes(directory, name)
+        fd = directory.open_existing(name)
+        try:
+            return read(fd)
+        finally:
+            directory.filesystem.close(fd)
     except FileNotFoundError:
         return None
-    except FileUnusableError as error:
+    except (OSError, FileUnusableError, MemoryError) as error:
+        return _problem_of(name, error)
+
+
+def _problem_of(name: str, error: OSError | FileUnusableError | MemoryError) -> FileProblem:
+    if isinstance(error, FileUnusableError):
         return FileProblem(name, error.problem)
-    except OSError as error:
-        return FileProblem(name, f"cannot be read: {error.strerror}")
+    return FileProblem(
+        name, f"cannot be read: {error.strerror if isinstance(error, OSError) else 'there is not enough memory'}"
+    )
 
 
-def read_first_available(files: list[FileRef], report_problem: Callable[[FileProblem], None]) -> bytes | None:
-    """Read the first readable file of several with the same content, decompressed.
+class FilePart(NamedTuple):
+    """A part of a decompressed file: whole lines, except at its end."""
+
+    offset: int
+    data: bytes
+
+
+def read_first_available(files: list[FileRef], report_problem: Callable[[FileProblem], None]) -> Iterator[FilePart] | None:
+    """Read the first readable file of several with the same content, decompressed, a part at a time.
 
     Returns:
-        The lines; no lines if none of the files can be read, which is reported; None if none of them exists any more.
+        The parts; none if none of the files can be read, which is reported; None if none of them exists any more.
     """
     problems: list[FileProblem] = []
     for file in files:
+        parts = _read_parts(file, report_problem)
         try:
-            data, problem = compression.decompress(file.name, _read_bytes(file.directory, file.name))
+            first = next(parts)
         except FileNotFoundError:
             continue
-        except FileUnusableError as error:
-            problems.append(FileProblem(file.display_name, error.problem))
-        except OSError as error:
-            problems.append(FileProblem(file.display_name, f"cannot be read: {error.strerror}"))
+        except (OSError, FileUnusableError, MemoryError) as error:
+            problems.append(_problem_of(file.display_name, error))
         else:
-            if problem:
-                report_problem(FileProblem(file.display_name, f"cannot be read after the first {len(data)} bytes: {problem}"))
-            return data
+            return _report_errors(file, chain([first], parts), report_problem)
     for first_problem in problems[:1]:
         report_problem(first_problem)
-    return b"" if problems else None
+    return iter(()) if problems else None
 
 
-def _read_bytes(directory: Directory, name: str) -> bytes:
-    fd = directory.open_existing(name)
+def _read_parts(file: FileRef, report_problem: Callable[[FileProblem], None]) -> Iterator[FilePart]:
+    filesystem = file.directory.filesystem
+    fd = file.directory.open_existing(file.name)
     try:
-        return directory.filesystem.read_all(fd)
+        for window in read_windows(filesystem, file.name, fd):
+            data, damaged = window.data, window.contents.damaged
+            if damaged and damaged[-1].reason.startswith(BAD_COMPRESSION):
+                end, problem = damaged[-1].offset, damaged[-1].reason.removeprefix(BAD_COMPRESSION)
+                report_problem(FileProblem(file.display_name, f"cannot be read after the first {end} bytes: {problem}"))
+                data = data[: end - window.offset]
+            yield FilePart(window.offset, data)
     finally:
-        directory.filesystem.close(fd)
+        filesystem.close(fd)
+
+
+def _report_errors(
+    file: FileRef, parts: Iterator[FilePart], report_problem: Callable[[FileProblem], None]
+) -> Iterator[FilePart]:
+    try:
+        yield from parts
+    except (OSError, FileUnusableError, MemoryError) as error:
+        report_problem(_problem_of(file.display_name, error))
 
 
 class ScannedLine(NamedTuple):

@@ -6,6 +6,7 @@ it is that of the events' own times.
 
 from __future__ import annotations
 
+from collections import deque
 from heapq import merge
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -23,6 +24,7 @@ from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry, parse_ledger
 from pillarbox.store.os_filesystem import file_identity, open_file_identity
+from pillarbox.store.windows import WINDOW_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Container, Generator, Iterator
@@ -215,15 +217,15 @@ class Tailer:
                     self.batches_read.add(batch)
             yield from unsealed
             return
-        chunks = [list(unsealed)]
+        chunks = [deque(unsealed, maxlen=count)]  # no more are kept in memory: a file may be of any size
         left = count - len(chunks[0])
         for batch_files in reversed(by_batch.values()):
             if left <= 0:
                 break
-            chunks.append(list(self._from_batch(batch_files)))
+            chunks.append(deque(self._from_batch(batch_files), maxlen=left))
             left -= len(chunks[-1])
-        newest = [event for chunk in reversed(chunks) for event in chunk]
-        yield from newest[max(0, len(newest) - count) :]
+        for chunk in reversed(chunks):
+            yield from chunk
 
     def read_new(self) -> Iterator[AcceptedEvent]:
         """The matching events accepted since the last call; raises `OSError` if the directory cannot be listed."""
@@ -338,25 +340,34 @@ class Tailer:
     ) -> Iterator[AcceptedEvent]:
         """The unread events up to `size`: of complete lines, and in a final segment also of the last one."""
         segment.offset = min(segment.offset, size)  # a failed append was truncated
-        try:
-            data = self._filesystem.read_at(segment.fd, segment.offset, size - segment.offset) if size > segment.offset else b""
-        except OSError as error:
-            self._report_problem(FileProblem(segment.file.display_name, f"cannot be read: {error.strerror}"))
-            return
-        if not is_final:
-            data = data[: data.rfind(b"\n") + 1]
-        start, segment.offset = segment.offset, segment.offset + len(data)
-        yield from self._events(data, start, batch, segment.file.display_name, segment.writer)
+        while segment.offset < size:
+            try:
+                data = self._filesystem.read_at(segment.fd, segment.offset, min(WINDOW_BYTES, size - segment.offset))
+            except OSError as error:
+                self._report_problem(FileProblem(segment.file.display_name, f"cannot be read: {error.strerror}"))
+                return
+            is_end = segment.offset + len(data) >= size
+            if not (is_final and is_end):
+                end = data.rfind(b"\n") + 1
+                if is_end or end:  # otherwise the line is longer than a window, and no record
+                    data = data[:end]
+            if not data:
+                return
+            start, segment.offset = segment.offset, segment.offset + len(data)
+            yield from self._events(data, start, batch, segment.file.display_name, segment.writer)
+            if is_end:
+                return
 
     def _from_batch(self, files: list[FileRef]) -> Generator[AcceptedEvent, None, bool]:
         """The events of a batch; returns whether it could be found."""
-        data = read_first_available(files, self._report_problem)
-        if data is None:  # it may have moved
-            data = read_first_available(find_batch_files(self._directory, files[0].batch, self._kinds), self._report_problem)
-        if data is None:
+        parts = read_first_available(files, self._report_problem)
+        if parts is None:  # it may have moved
+            parts = read_first_available(find_batch_files(self._directory, files[0].batch, self._kinds), self._report_problem)
+        if parts is None:
             self.vanished_batches += 1
             return False
-        yield from self._events(data, 0, files[0].batch, files[0].display_name, "")
+        for offset, data in parts:
+            yield from self._events(data, offset, files[0].batch, files[0].display_name, "")
         return True
 
     def _events(self, data: bytes, start: int, batch: str, file: str, writer: str) -> Iterator[AcceptedEvent]:

@@ -13,30 +13,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from pillarbox.delivery.dead_letter import DeadLetter
 from pillarbox.delivery.retry import AttemptHistory
 from pillarbox.sinks.base import Batch, Rejection
 from pillarbox.store import layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from pillarbox.delivery.rejects import FileRejects
     from pillarbox.delivery.retry import Verdict
     from pillarbox.store.directory import LockedFile
     from pillarbox.store.filesystem import Filesystem
     from pillarbox.store.reader import FileContents
-
-
-class DeadLetter(msgspec.Struct, frozen=True):
-    """A well-formed record that the destination rejected for good; one line of a `dead-` file."""
-
-    event: msgspec.Raw
-    code: str
-    reason: str
-    sink: str
-    index: int  # position among the well-formed records of the batch, from 0
-    attempts: int
-    first_at_micros: int
-    last_at_micros: int
+    from pillarbox.store.windows import Window
 
 
 class BatchFile:
@@ -55,6 +45,8 @@ class BatchFile:
         self.plain_bytes = len(data)
         self.stored_bytes = stored_bytes  # on disk, where it may be compressed
         self.started_s = started_s  # monotonic
+        self.window: Window | None = None  # the one that was read last, of a file that is larger than a window
+        self.next_windows: Iterator[Window] = iter(())  # what follows it
 
 
 class SendRequest:
@@ -74,9 +66,38 @@ class SendRequest:
         suffix = f"+{len(files) - 1}" if len(files) > 1 else ""
         payloads = first.payloads if not suffix else [payload for file in files for payload in file.payloads]
         self.batch = Batch(first.batch_id + suffix, payloads, yield_gil=yield_gil)
+        if first.window is not None:
+            self.batch = Batch(_window_id(first.batch_id, 0, len(payloads)), payloads, yield_gil=yield_gil)
         self.records = len(payloads)
         self.history = history._replace(first_at_micros=history.first_at_micros or now_micros)
         self.accepted_since_rejection = accepted_since_rejection  # another batch, since this one was wholly rejected
+        self.accepted_before = 0  # of the earlier windows of the file
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether this is a window of a file that is larger than one."""
+        return self.files[0].window is not None
+
+    @property
+    def has_next_window(self) -> bool:
+        """Whether the file has a window behind this one."""
+        window = self.files[0].window
+        return window is not None and not window.is_last
+
+    def advance(self, result: SendResult) -> None:
+        """Go on to the next window of the file, after the result of this one. Raises `OSError`."""
+        (file,) = self.files
+        first, yield_gil = self.batch.first_index + self.records, self.batch.yield_gil
+        file.payloads, file.data, file.window, self.batch.payloads = (), b"", None, ()  # before the next one is read
+        file.window = next(file.next_windows)
+        payloads = file.window.contents.payloads
+        batch_id = _window_id(file.batch_id, first, len(payloads))
+        self.batch = Batch(batch_id, payloads, first, yield_gil)
+        self.records = len(payloads)
+        self.accepted_before += result.accepted
+        # A new count of attempts. How long it has failed goes on, so that an age limit is waited for once.
+        failing_since = None if result.accepted else result.failing_since
+        self.history = AttemptHistory(0, self.history.first_at_micros, failing_since)
 
     def close_files(self, filesystem: Filesystem) -> None:
         """Release the locks; the files are fetched and sent again."""
@@ -134,13 +155,24 @@ class SendResult:
         request.batch.payloads = ()
         return SentBatch(request.batch, files)
 
-    def _dead_letters(self, first: int, records: int, sink_name: str, now_micros: int) -> dict[int, DeadLetter]:
+    def window_letters(self, sink_name: str, now_micros: int) -> dict[int, DeadLetter]:
+        """The dead letters of a window, by their index in the file."""
+        batch = self._request.batch
+        letters = self._dead_letters(batch.first_index, self._request.records, sink_name, now_micros, batch.first_index)
+        return {
+            batch.first_index + index: msgspec.structs.replace(letter, index=batch.first_index + index)
+            for index, letter in letters.items()
+        }
+
+    def _dead_letters(
+        self, first: int, records: int, sink_name: str, now_micros: int, payload_base: int = 0
+    ) -> dict[int, DeadLetter]:
         dead: dict[int, DeadLetter] = {}
         for index in range(first, first + records):
             if index in self.rejected:
                 rejection, attempts = self.rejected[index]
                 dead[index - first] = DeadLetter(
-                    msgspec.Raw(self._request.batch.payloads[index]),
+                    msgspec.Raw(self._request.batch.payloads[index - payload_base]),
                     rejection.code,
                     rejection.reason,
                     sink_name,
@@ -159,6 +191,23 @@ class DeliveredFile(NamedTuple):
     accepted: int
     duplicates: int
     dead_letters: dict[int, DeadLetter]  # by index among the well-formed records
+    rejects: FileRejects | None = None  # of a file that went out in windows: its dead letters and damaged bytes
+
+    @property
+    def dead_count(self) -> int:
+        """The number of dead letters."""
+        return len(self.dead_letters) if self.rejects is None else self.rejects.dead_letters
+
+    @property
+    def damaged_count(self) -> int:
+        """The number of damaged ranges."""
+        return len(self.file.damaged_ranges) if self.rejects is None else self.rejects.damaged_ranges
+
+    def close(self, filesystem: Filesystem) -> None:
+        """Release the lock of the file; it is fetched and sent again."""
+        if self.rejects is not None:
+            self.rejects.abandon()
+        filesystem.close(self.file.locked_file.fd)
 
 
 class SentBatch:
@@ -168,11 +217,16 @@ class SentBatch:
         self.batch = batch
         self.files = files
         self.file_count = len(files)
+        self.was_dropped = False  # it was not confirmed, and must be sent again
 
     def close_files(self, filesystem: Filesystem) -> None:
         """Release the locks of the files that are left; they are fetched and sent again."""
         for delivered in self.files:
-            filesystem.close(delivered.file.locked_file.fd)
+            delivered.close(filesystem)
+
+
+def _window_id(batch_id: str, first: int, records: int) -> str:
+    return f"{batch_id}:{first}-{first + records - 1}"
 
 
 def _printable(text: object) -> str:

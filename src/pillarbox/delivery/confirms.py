@@ -124,6 +124,7 @@ class Confirmer:
         for sent in group:
             self._unconfirmed.popleft()
             self._unconfirmed_files -= sent.file_count
+            sent.was_dropped = True
             sent.close_files(self._filesystem)
         self._fetcher.drop_pending()
         self.failures += 1

@@ -28,11 +28,12 @@ from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S, Lease
 from pillarbox.delivery.runner import ThreadRunner, combine_stats
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
-from pillarbox.store import layout, reader
+from pillarbox.store import layout
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 from pillarbox.store.recovery import recover
+from pillarbox.store.windows import count_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -197,19 +198,20 @@ class FanOut:
             return False
         self._locked_since.pop(name, None)
         try:
-            data = self.directory.filesystem.read_all(locked_file.fd)
-            contents, _ = reader.read_file(name, data, self._yield_gil_if_busy)
+            filesystem = self.directory.filesystem
+            size = filesystem.size(locked_file.fd)
+            records, ranges = count_records(filesystem, name, locked_file.fd, self._yield_gil_if_busy)
             for queue in queues:
                 self.directory.link_into(queue, locked_file)
-        except (OSError, FileUnusableError) as error:
+        except (OSError, FileUnusableError, MemoryError) as error:
             self.directory.filesystem.close(locked_file.fd)
-            self.problems[name] = str(error)
+            self.problems[name] = str(error) or "there is not enough memory"
             return True
         except BaseException:
             self.directory.filesystem.close(locked_file.fd)
             raise
         self.problems.pop(name, None)
-        linked.append(_LinkedFile(locked_file, len(contents.payloads), len(contents.damaged), len(data)))
+        linked.append(_LinkedFile(locked_file, records, ranges, size))
         return True
 
     def _yield_gil_if_busy(self) -> None:

@@ -24,6 +24,7 @@ from pillarbox.sinks.base import YIELD_EVERY_RECORDS
 from pillarbox.store import layout, reader
 from pillarbox.store.directory import BatchPage
 from pillarbox.store.layout import Kind
+from pillarbox.store.windows import WINDOW_BYTES, no_yield, read_windows
 
 if TYPE_CHECKING:
     import asyncio
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.context import DeliveryContext
     from pillarbox.delivery.retry import PoisonTracker
     from pillarbox.delivery.settlement import Settler
-    from pillarbox.store.directory import Directory
+    from pillarbox.store.directory import Directory, LockedFile
 
 log = logging.getLogger("pillarbox")
 
@@ -369,30 +370,43 @@ class Fetcher:
                 return None
             self._locked_since.pop(name, None)
             try:
-                data = self._directory.filesystem.read_all(locked_file.fd)
-                contents, plain = reader.read_file(name, data, self._yield_hook(name, data))
-                file = BatchFile(locked_file, plain, contents, len(data), self._clock.monotonic())
+                file = self._read_file(locked_file)
             except BaseException:
                 self._directory.filesystem.close(locked_file.fd)
                 raise
-        except (OSError, FileUnusableError) as error:
+        except (OSError, FileUnusableError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 self._drop_names()  # not the file's fault: all are tried again later
                 self._status.transition("degraded", str(error))
                 return None
-            if self._status.warn(name, f"unreadable: {error}"):
-                log.error("skipping unreadable batch file %s: %s", name, error)  # noqa: TRY400 - the traceback tells nothing
+            problem = str(error) or "there is not enough memory"
+            if self._status.warn(name, f"unreadable: {problem}"):
+                log.error("skipping unreadable batch file %s: %s", name, problem)  # noqa: TRY400 - the traceback tells nothing
             self._status.set_healthy("idle")
             return None
         if not self._settler.is_held(name):
             self._status.clear_warning(name)
         return file
 
-    def _yield_hook(self, name: str, data: bytes) -> Callable[[], None]:
+    def _read_file(self, locked_file: LockedFile) -> BatchFile:
+        """Read a file, or the first window of a large one."""
+        filesystem, name, fd = self._directory.filesystem, locked_file.name, locked_file.fd
+        size, now = filesystem.size(fd), self._clock.monotonic()
+        if size <= WINDOW_BYTES and not name.endswith(layout.COMPRESSED_SUFFIX):
+            data = filesystem.read_all(fd)
+            return BatchFile(locked_file, data, reader.read_lines(data, self._yield_hook(data)), size, now)
+        windows = read_windows(filesystem, name, fd, self._yield_gil_if_busy)
+        first = next(windows)
+        file = BatchFile(locked_file, first.data, first.contents, size, now)
+        if not first.is_last:
+            file.window, file.next_windows, file.plain_bytes = first, windows, max(size, len(first.data))
+        return file
+
+    def _yield_hook(self, data: bytes) -> Callable[[], None]:
         """The function that the reader calls after a number of lines; for small files it counts their lines together."""
         self._lines_since_yield += data.count(b"\n") + 1
-        if self._lines_since_yield < YIELD_EVERY_RECORDS and not name.endswith(layout.COMPRESSED_SUFFIX):
-            return _no_yield
+        if self._lines_since_yield < YIELD_EVERY_RECORDS:
+            return no_yield
         self._lines_since_yield = 0
         return self._yield_gil_if_busy
 
@@ -400,7 +414,3 @@ class Fetcher:
         # A yield takes some 60 us, because the kernel rounds the shortest sleep up, so only while somebody waits for the GIL.
         if self._is_busy():
             yield_gil()
-
-
-def _no_yield() -> None:
-    pass

@@ -101,7 +101,7 @@ class Sender:
         result.verdict = retry.Verdict.FINAL
         if result.rejected:
             context = self._attempt_context(request, result)
-            result.verdict = retry.judge_rejections(result.accepted, context, self._config)
+            result.verdict = retry.judge_rejections(request.accepted_before + result.accepted, context, self._config)
         return result
 
     def start_loop(self) -> None:
@@ -172,7 +172,7 @@ class Sender:
         now = self._clock.monotonic()
         return retry.AttemptContext(
             request.accepted_since_rejection,
-            result.accepted > 0,
+            request.accepted_before + result.accepted > 0,
             self._sink.capabilities.deduplicates_by != "nothing",
             request.records,
             result.rejected_calls,

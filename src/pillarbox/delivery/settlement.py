@@ -15,9 +15,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-import msgspec
-
 from pillarbox.delivery.config import jitter
+from pillarbox.delivery.rejects import FileRejects, RequiredSpace, encode_index, encode_letters, quarantine_bytes
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
@@ -27,13 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from pillarbox.clock import Clock
-    from pillarbox.delivery.batch import DeadLetter, DeliveredFile, SentBatch
+    from pillarbox.delivery.batch import DeliveredFile, SentBatch
     from pillarbox.delivery.config import SettlementLimits
     from pillarbox.delivery.context import DeliveryContext
+    from pillarbox.delivery.dead_letter import DeadLetter
     from pillarbox.delivery.retry import PoisonTracker
     from pillarbox.store.directory import Directory, LockedFile
     from pillarbox.store.ledger import LedgerWriter
     from pillarbox.store.reader import DamagedRange
+    from pillarbox.store.windows import Window
 
 log = logging.getLogger("pillarbox")
 
@@ -48,16 +49,14 @@ _DISCARD_WARNING: Final = "discarding"  # the subject of the warning
 
 def write_quarantine(directory: Directory, batch: str, data: bytes, ranges: Sequence[DamagedRange]) -> None:
     """Store damaged bytes unchanged, with their byte ranges and what is wrong with each."""
-    index = b"[\n" + b",\n".join(msgspec.json.encode(damaged) for damaged in ranges) + b"\n]\n"
     damaged_bytes = b"".join(data[damaged.offset : damaged.offset + damaged.length] for damaged in ranges)
-    directory.write_atomically(layout.ranges_name(batch), index)
+    directory.write_atomically(layout.ranges_name(batch), encode_index(ranges))
     directory.write_atomically(layout.corrupt_name(batch), damaged_bytes)
 
 
 def write_dead_letters(directory: Directory, batch: str, dead_letters: Mapping[int, DeadLetter]) -> None:
     """Store rejected records, in the order of the batch."""
-    lines = b"".join(msgspec.json.encode(dead_letters[index]) + b"\n" for index in sorted(dead_letters))
-    directory.write_atomically(layout.dead_name(batch), lines)
+    directory.write_atomically(layout.dead_name(batch), encode_letters(dead_letters))
 
 
 class DeliveryCallbacks(NamedTuple):
@@ -76,8 +75,12 @@ class DeliveryCallbacks(NamedTuple):
 NO_CALLBACKS: Final = DeliveryCallbacks()
 
 
-class _QuarantineFullError(Exception):
+class QuarantineFullError(Exception):
     """Dead letters or damaged bytes would exceed a limit; the message names the limit and what to do."""
+
+    def __init__(self, reasons: str, required: RequiredSpace) -> None:
+        super().__init__(reasons)
+        self.required = required
 
 
 def retention_for(directory: Directory, clock: Clock, limits: SettlementLimits) -> Retention | None:
@@ -118,6 +121,8 @@ class Settler:
         self._held_files: dict[str, _HeldFile] = {}  # sent and not settled
         self._unsynced_since: float | None = None  # time of the first deletion that is not synced yet
         self._used_bytes: dict[Kind, int] = {}  # of dead letters and quarantine
+        # what is written of files that are being sent in windows, by batch id; not among the used bytes until they are settled
+        self._in_progress: dict[str, RequiredSpace] = {}
         self._measured_at = -_MEASURE_EVERY_S
         self._measured_full_at = -_MEASURE_WHEN_FULL_S
         self._logged_at = -_LOG_EVERY_S
@@ -136,11 +141,11 @@ class Settler:
         """Store the dead letters and damaged bytes of a file, then add it to the group."""
         try:
             discarded = self._write_rejects(delivered)
-        except _QuarantineFullError as full:
-            self._hold_file(delivered, str(full), self._config.recheck_s, needs_space=True)
+        except QuarantineFullError as full:
+            self.hold_without_space(delivered, full)
             return
         except Exception as error:  # noqa: BLE001 - a defect must not keep the file locked for ever
-            self._hold_failed(delivered, error)
+            self.hold_failed(delivered, error)
             return
         settling = _Settling(delivered, discarded)
         if self._ledger is not None:
@@ -164,7 +169,7 @@ class Settler:
                 self._ledger.write(sync=True)  # on a full disk the entries wait in memory, and the deletions free space
         except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked for ever
             while group:
-                self._hold_failed(group.pop().delivered, error)
+                self.hold_failed(group.pop().delivered, error)
         for settling in group:
             file = settling.delivered.file
             try:
@@ -174,7 +179,7 @@ class Settler:
                         self._unsynced_since = self._clock.monotonic()
                     self._count_file(settling, has_other_links=has_other_links)
             except Exception as error:  # noqa: BLE001 - as above
-                self._hold_failed(settling.delivered, error)
+                self.hold_failed(settling.delivered, error)
                 continue
             self._directory.filesystem.close(file.locked_file.fd)
             self.failures_in_row = 0
@@ -251,7 +256,7 @@ class Settler:
                 self._held_files[name] = held._replace(retry_at_s=now + self._config.recheck_s)  # not sent without space
         return settling | {name for name, held in self._held_files.items() if held.retry_at_s > now}
 
-    def _hold_failed(self, delivered: DeliveredFile, error: Exception) -> None:
+    def hold_failed(self, delivered: DeliveredFile, error: Exception) -> None:
         """Hold a file after an error, which may concern only this file."""
         name = delivered.file.name
         if not isinstance(error, OSError):
@@ -262,13 +267,20 @@ class Settler:
         problem = f"delivered, but its dead letters or damaged bytes could not be written, or its file not deleted: {error}"
         self._hold_file(delivered, problem, wait, needs_space=False)
 
-    def _hold_file(self, delivered: DeliveredFile, problem: str, wait: float, *, needs_space: bool) -> None:
+    def hold_without_space(self, delivered: DeliveredFile, full: QuarantineFullError) -> None:
+        """Hold a file for whose dead letters or damaged bytes there is no space."""
+        self._hold_file(delivered, str(full), self._config.recheck_s, needs_space=True, required=full.required)
+
+    def _hold_file(
+        self, delivered: DeliveredFile, problem: str, wait: float, *, needs_space: bool, required: RequiredSpace | None = None
+    ) -> None:
         name = delivered.file.name
         before = self._held_files.get(name)
         failures = 1 if before is None else before.failures + 1
         retry_at_s = self._clock.monotonic() + wait
-        self._held_files[name] = _HeldFile(retry_at_s, failures, _RequiredSpace.for_file(delivered), needs_space)
-        self._directory.filesystem.close(delivered.file.locked_file.fd)
+        self._held_files[name] = _HeldFile(retry_at_s, failures, required or _required_space(delivered), needs_space)
+        self._in_progress.pop(delivered.file.batch_id, None)
+        delivered.close(self._directory.filesystem)
         self._counters.failed_flushes += 1
         if self._status.warn(name, problem):
             log.error("%s: %s", name, problem)
@@ -278,15 +290,14 @@ class Settler:
 
     def _write_rejects(self, delivered: DeliveredFile) -> set[PurgedKind]:
         """Write a file's dead letters and damaged bytes; return the kinds that are discarded for lack of space."""
+        if delivered.rejects is not None:
+            return self._publish_rejects(delivered.rejects)
         file = delivered.file
         if not file.damaged_ranges and not delivered.dead_letters:
             return set()
-        full = self._kinds_without_space(_RequiredSpace.for_file(delivered))
-        reasons = "; ".join(full.values())
-        if full and not self._limits.discard_when_full:
-            raise _QuarantineFullError(reasons)
-        if full and self._status.warn(_DISCARD_WARNING, reasons):
-            log.error("%s: discarding rejected or damaged records for lack of space: %s", file.batch_id, reasons)
+        required = _required_space(delivered)
+        full = self._check_space(required)
+        self._count_as_used(required, full)
         if file.damaged_ranges and "quarantine" not in full:
             write_quarantine(self._directory, file.batch_id, file.data, file.damaged_ranges)
         if delivered.dead_letters and "dead" not in full:
@@ -296,8 +307,48 @@ class Settler:
         self._log_totals()
         return set(full)
 
-    def _kinds_without_space(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
-        """The kinds of records that lack space for a file, with a message for each; if there are none, reserve the space."""
+    def write_window(self, rejects: FileRejects, window: Window, dead_letters: Mapping[int, DeadLetter]) -> None:
+        """Write the dead letters and damaged bytes of a window, until the whole file is settled.
+
+        Raises `QuarantineFullError` where there is no space for them, and `OSError`.
+        """
+        if not window.contents.damaged and not dead_letters:
+            return
+        required = rejects.required_with(window, dead_letters)
+        for kind in self._check_space(required):
+            rejects.discard(kind)
+        rejects.add_window(window, dead_letters)
+        self._in_progress[required.batch] = rejects.required
+
+    def _publish_rejects(self, rejects: FileRejects) -> set[PurgedKind]:
+        """Give the files that `write_window` wrote their names; which kinds were discarded for want of space."""
+        if not rejects.dead_letters and not rejects.damaged_ranges:
+            return set()
+        rejects.publish()
+        self._count_as_used(rejects.required, rejects.discarded)
+        self._in_progress.pop(rejects.required.batch, None)
+        for letter in rejects.published_letters():
+            self._callbacks.on_dead_letter(letter)
+        self._log_totals()
+        return set(rejects.discarded)
+
+    def abandon_rejects(self, rejects: FileRejects) -> None:
+        """Remove what `write_window` wrote: the file is sent again from its beginning."""
+        self._in_progress.pop(rejects.required.batch, None)
+        rejects.abandon()
+
+    def _check_space(self, required: RequiredSpace) -> set[PurgedKind]:
+        """The kinds to discard because there is no space for them. Raises `QuarantineFullError` where they must be kept."""
+        full = self._kinds_without_space(required)
+        reasons = "; ".join(full.values())
+        if full and not self._limits.discard_when_full:
+            raise QuarantineFullError(reasons, required)
+        if full and self._status.warn(_DISCARD_WARNING, reasons):
+            log.error("%s: discarding rejected or damaged records for lack of space: %s", required.batch, reasons)
+        return set(full)
+
+    def _kinds_without_space(self, required: RequiredSpace) -> dict[PurgedKind, str]:
+        """The kinds of records that lack space for a file, with a message for each."""
         now_s = self._clock.monotonic()
         if now_s - self._measured_at >= _MEASURE_EVERY_S:
             self._used_bytes, self._measured_at = self._measure_used_bytes(""), now_s
@@ -307,42 +358,48 @@ class Settler:
         ):
             self._used_bytes, self._measured_at = self._measure_used_bytes(required.batch), now_s
             self._measured_full_at = now_s
-        full = self._exceeded_limits(required)
-        if not full or self._limits.discard_when_full:
-            self._used_bytes[Kind.DEAD] += 0 if "dead" in full else required.dead_letter_bytes
-            self._used_bytes[Kind.CORRUPT] += 0 if "quarantine" in full else required.damaged_bytes
-        return full
+        return self._exceeded_limits(required)
 
-    def _exceeded_limits(self, required: _RequiredSpace) -> dict[PurgedKind, str]:
+    def _count_as_used(self, required: RequiredSpace, discarded: set[PurgedKind]) -> None:
+        self._used_bytes[Kind.DEAD] += 0 if "dead" in discarded else required.dead_letter_bytes
+        self._used_bytes[Kind.CORRUPT] += 0 if "quarantine" in discarded else required.damaged_bytes
+
+    def _exceeded_limits(self, required: RequiredSpace) -> dict[PurgedKind, str]:
         """The limits that a file would exceed, going by the last measurement."""
         limits: tuple[tuple[PurgedKind, Kind, int, int], ...] = (
             ("dead", Kind.DEAD, required.dead_letter_bytes, self._limits.max_dead_bytes),
             ("quarantine", Kind.CORRUPT, required.damaged_bytes, self._limits.max_quarantine_bytes),
         )
+        others = [in_progress for batch, in_progress in self._in_progress.items() if batch != required.batch]
+        in_progress_bytes = {
+            Kind.DEAD: sum(other.dead_letter_bytes for other in others),
+            Kind.CORRUPT: sum(other.damaged_bytes for other in others),
+        }
         return {
             word: f"max_{word}_bytes = {limit} is reached; see pillarbox {word} list, free space with pillarbox {word} purge"
             for word, kind, size, limit in limits
-            if size and self._used_bytes[kind] + size > limit
+            if size and self._used_bytes[kind] + in_progress_bytes[kind] + size > limit
         }
 
     def _has_earlier_files(self, batch: str) -> bool:
-        return any(self._directory.read_small_file(name) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
+        return any(self._directory.read_small_file(name, 1) for name in (layout.dead_name(batch), layout.corrupt_name(batch)))
 
     def _measure_used_bytes(self, batch: str) -> dict[Kind, int]:
         """Bytes by kind of file, without those of an earlier attempt with this batch, which are overwritten."""
-        own = {layout.dead_name(batch), layout.corrupt_name(batch)}
+        own = {layout.dead_name(batch), layout.corrupt_name(batch), layout.ranges_name(batch)}
         used = dict.fromkeys(Kind, 0)
         for name, size in self._directory.filesystem.list_files(self._directory.path):
             if name not in own:
-                used[layout.kind_of(name)] += size
+                kind = layout.kind_of(name)
+                used[Kind.CORRUPT if kind is Kind.RANGES else kind] += size  # the index of damaged bytes takes space too
         return used
 
     def _count_file(self, settling: _Settling, *, has_other_links: bool) -> None:
         counters, delivered, file = self._counters, settling.delivered, settling.delivered.file
         counters.delivered += delivered.accepted
         counters.duplicates += delivered.duplicates
-        counters.dead += len(delivered.dead_letters)
-        counters.quarantined += len(file.damaged_ranges)
+        counters.dead += delivered.dead_count
+        counters.quarantined += delivered.damaged_count
         counters.discarded += settling.discarded_dead_letters + settling.discarded_ranges
         counters.flushed_files += 1
         counters.flushed_bytes += file.stored_bytes
@@ -370,11 +427,11 @@ class _Settling(NamedTuple):
 
     @property
     def discarded_dead_letters(self) -> int:
-        return len(self.delivered.dead_letters) if "dead" in self.discarded else 0
+        return self.delivered.dead_count if "dead" in self.discarded else 0
 
     @property
     def discarded_ranges(self) -> int:
-        return len(self.delivered.file.damaged_ranges) if "quarantine" in self.discarded else 0
+        return self.delivered.damaged_count if "quarantine" in self.discarded else 0
 
     def ledger_entry(self, now_micros: int, sink_name: str) -> SettledEntry:
         delivered = self.delivered
@@ -384,24 +441,18 @@ class _Settling(NamedTuple):
             sink_name,
             delivered.accepted,
             delivered.duplicates,
-            len(delivered.dead_letters),
-            len(delivered.file.damaged_ranges),
+            delivered.dead_count,
+            delivered.damaged_count,
             self.discarded_dead_letters,
             self.discarded_ranges,
         )
 
 
-class _RequiredSpace(NamedTuple):
-    """The space that a batch needs for its dead letters and damaged bytes."""
-
-    batch: str
-    dead_letter_bytes: int
-    damaged_bytes: int
-
-    @classmethod
-    def for_file(cls, delivered: DeliveredFile) -> _RequiredSpace:
-        dead = sum(len(msgspec.json.encode(letter)) + 1 for letter in delivered.dead_letters.values())
-        return cls(delivered.file.batch_id, dead, sum(damaged.length for damaged in delivered.file.damaged_ranges))
+def _required_space(delivered: DeliveredFile) -> RequiredSpace:
+    if delivered.rejects is not None:
+        return delivered.rejects.required
+    dead_letter_bytes = len(encode_letters(delivered.dead_letters))
+    return RequiredSpace(delivered.file.batch_id, dead_letter_bytes, quarantine_bytes(delivered.file.damaged_ranges))
 
 
 class _HeldFile(NamedTuple):
@@ -409,5 +460,5 @@ class _HeldFile(NamedTuple):
 
     retry_at_s: float  # monotonic seconds
     failures: int
-    required: _RequiredSpace
+    required: RequiredSpace
     needs_space: bool  # it waits for space for its dead letters or damaged bytes

@@ -25,6 +25,7 @@ from pillarbox.delivery.retry import PoisonTracker, Verdict
 from pillarbox.delivery.sender import Sender, describe_error, is_being_cancelled
 from pillarbox.delivery.settlement import NO_CALLBACKS, DeliveryCallbacks, Settler
 from pillarbox.delivery.status import StatusReporter
+from pillarbox.delivery.windowed import WindowedSender, WindowsEnd
 from pillarbox.errors import FileUnusableError, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured
 from pillarbox.stats import DeliveryCounters
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pillarbox.clock import Clock
-    from pillarbox.delivery.batch import SendRequest, SendResult
+    from pillarbox.delivery.batch import SendRequest, SendResult, SentBatch
     from pillarbox.delivery.config import DeliveryConfig
     from pillarbox.delivery.context import NamedSink
     from pillarbox.stats import State
@@ -97,6 +98,7 @@ class Worker:
         self._housekeeping = Housekeeping(context, self._settler, self._fetcher, compactor)
         self._sender = Sender(context, self._poison_tracker, self._housekeeping)
         self._confirmer = Confirmer(context, self._fetcher, self._settler, self._housekeeping)
+        self._windowed_sender = WindowedSender(context, self._sender, self._settler, self._confirm_window)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # set when there may be something to do
         self._end_requested = False
@@ -275,6 +277,9 @@ class Worker:
 
     async def _deliver_request(self, request: SendRequest) -> None:
         """Send a request and act on the result."""
+        if request.is_windowed:
+            await self._deliver_windows(request)
+            return
         try:
             result = await self._sender.send(request)
             sent = result.to_sent_batch(self._sink_name, self._clock.micros()) if result.verdict is Verdict.FINAL else None
@@ -286,13 +291,39 @@ class Worker:
             raise _Ending
         if sent is None:
             self._defer_request(request, result)
-            return
-        if result.rejected and not result.accepted:
+        else:
+            self._settle_sent(sent, result, rejected=bool(result.rejected and not result.accepted))
+
+    async def _deliver_windows(self, request: SendRequest) -> None:
+        """Send a file in windows and act on the result."""
+        try:
+            end, last, sent = await self._windowed_sender.send(request)
+        except BaseException:
+            request.close_files(self._directory.filesystem)
+            raise
+        if end is WindowsEnd.ENDING:
+            request.close_files(self._directory.filesystem)
+            raise _Ending
+        if end is WindowsEnd.DEFERRED:
+            self._defer_request(request, last)
+        elif sent is not None:
+            (delivered,) = sent.files
+            self._settle_sent(sent, last, rejected=bool(delivered.dead_count and not delivered.accepted))
+
+    def _settle_sent(self, sent: SentBatch, result: SendResult, *, rejected: bool) -> None:
+        """Settle what was sent, or have it confirmed first. `rejected`: the destination has accepted none of it."""
+        if rejected:
             self._poison_tracker.note_dead_lettered()
         if self._sink.capabilities.needs_confirmation and result.accepted:
             self._confirmer.add_sent(sent)
         else:
             self._settler.settle_batch(sent)
+
+    async def _confirm_window(self, sent: SentBatch) -> bool:
+        """Wait until a window is confirmed; False if its file must be sent again."""
+        self._confirmer.add_sent(sent)
+        await self._wait_for_confirms(1)
+        return not sent.was_dropped
 
     def _defer_request(self, request: SendRequest, result: SendResult) -> None:
         """Defer a batch that was wholly rejected, which proves nothing yet."""

@@ -48,7 +48,8 @@ volume every event is dropped. With eviction, the oldest batches that no process
 are deleted before that, and before an event is dropped for lack of space. A segment is retired at `batch_size` events, at
 `batch_bytes` bytes, or `flush_interval` seconds after its first event (later while files wait). If the disk is too slow, a
 segment may exceed `batch_size`: by as many events again for every eight segments that wait for their sync, and up to
-`batch_bytes` without a spare. The events of one call of `enqueue_many` are in one file.
+`batch_bytes` without a spare. While 64 segments wait, it may exceed `batch_bytes`, up to 64 MiB; then events are dropped. The
+events of one call of `enqueue_many` are in one file. A file of any size is read in windows of 2 MiB.
 
 ASSUMPTIONS. `write` appends everything or reports how much. `rename` is atomic. `fdatasync` makes the data of a file durable,
 `fsync` of a directory the names in it. After a crash a file may end in a torn line or NUL bytes: the reader reports them.

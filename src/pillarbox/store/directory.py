@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.dirscan import ALL_NAMES, TIMESTAMP_MAX_MICROS
+from pillarbox.store.file_parts import parts_of
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
 from pillarbox.store.usage import measure_usage
@@ -427,10 +428,7 @@ class Directory:
         The new content is what can be read of the first `size` bytes, overwritten by `in_memory`: lines with their offsets. The
         name is durable once the directory is synced. Raises `OSError`; then the file is unchanged.
         """
-        data = bytearray(self.filesystem.read_all(file.fd)[:size])
-        for offset, lines in in_memory:
-            data[offset : offset + len(lines)] = lines
-        new_file = self._write_and_rename(file.name, bytes(data))
+        new_file = self._write_and_rename(file.name, parts_of(self.filesystem, file.fd, size, in_memory))
         self.filesystem.close(file.fd)
         return new_file
 
@@ -470,7 +468,7 @@ class Directory:
             log.error("%s was moved to %s: %s", self.path_of(file.name), current_path, advice)
             return ""
         log.error("%s was deleted externally; recreated as %s", file.name, name)
-        self.write_atomically(name, self.filesystem.read_all(file.fd))
+        self.write_atomically(name, parts_of(self.filesystem, file.fd))
         return name
 
     def retry_name_sync(self) -> bool:
@@ -490,7 +488,7 @@ class Directory:
 
     def replace_with_compressed(self, file: LockedFile, name: str, data: bytes) -> None:
         """Replace a locked batch file by its compressed copy, which is durable before the other is removed."""
-        copy = self._write_and_rename(name, data)
+        copy = self._write_and_rename(name, (data,))
         try:
             self.filesystem.sync_directory(self.path)
             self.remove(file.name)  # if this fails, it is unknown whether the file is gone: keep both
@@ -530,9 +528,9 @@ class Directory:
         finally:
             self.filesystem.close(fd)
 
-    def write_atomically(self, name: str, data: bytes) -> None:
-        """Make `data` the durable content of a file, whole or not at all. Idempotent."""
-        self.filesystem.close(self._write_and_rename(name, data).fd)
+    def write_atomically(self, name: str, data: bytes | Iterable[bytes]) -> None:
+        """Make `data`, or its parts, the durable content of a file, whole or not at all. Idempotent."""
+        self.filesystem.close(self._write_and_rename(name, (data,) if isinstance(data, bytes) else data).fd)
         self.filesystem.sync_directory(self.path)
 
     def link_into(self, queue: Directory, file: LockedFile) -> None:
@@ -559,21 +557,37 @@ class Directory:
         finally:
             filesystem.close(other)
 
-    def _write_and_rename(self, name: str, data: bytes) -> LockedFile:
+    def _write_and_rename(self, name: str, parts: Iterable[bytes]) -> LockedFile:
         """Write a temporary file, sync it, and rename it to `name`. Locked from the beginning."""
-        # Each attempt uses a new name: recovery may be about to remove the temporary file of an earlier attempt.
-        file = self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
-        temporary = file.name
+        file = self.create_temporary(name)
         try:
-            self.filesystem.write_all(file.fd, data)
-            self.filesystem.sync_data(file.fd)
-            self.filesystem.rename(self.path_of(temporary), self.path_of(name))
+            for part in parts:
+                self.filesystem.write_all(file.fd, part)
         except BaseException:
-            with contextlib.suppress(OSError):  # if this fails, the next recovery removes the file
-                self.remove(temporary)
-            self.filesystem.close(file.fd)
+            self.remove_temporary(file)
+            raise
+        return self.publish_temporary(file, name)
+
+    def create_temporary(self, name: str) -> LockedFile:
+        """Create a temporary file, locked, that is to get this name."""
+        # Each attempt uses a new name: recovery may be about to remove the temporary file of an earlier attempt.
+        return self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
+
+    def publish_temporary(self, file: LockedFile, name: str) -> LockedFile:
+        """Sync a temporary file and rename it. Returns it, locked; after an error it is removed."""
+        try:
+            self.filesystem.sync_data(file.fd)
+            self.filesystem.rename(self.path_of(file.name), self.path_of(name))
+        except BaseException:
+            self.remove_temporary(file)
             raise
         return LockedFile(name, file.fd)
+
+    def remove_temporary(self, file: LockedFile) -> None:
+        """Remove a temporary file and close it. If that fails, the next recovery removes it."""
+        with contextlib.suppress(OSError):
+            self.remove(file.name)
+        self.filesystem.close(file.fd)
 
     def remove(self, name: str) -> None:
         """Delete a file. It is no error if it is gone already."""

@@ -21,6 +21,7 @@ YIELD_EVERY_LINES: Final = 50  # lines without a yield; with more, callers of `e
 # Beyond this number of damaged ranges in a file, adjacent damaged lines are one range. A file of 64 MiB may have 32 million
 # lines, and each range is an object of a hundred bytes.
 SINGLE_RANGES_MAX: Final = 1000
+BAD_COMPRESSION: Final = "bad_compression: "  # the beginning of a reason, before what is wrong
 
 
 class DamagedRange(msgspec.Struct, frozen=True):
@@ -59,19 +60,33 @@ def read_file(name: str, data: bytes, yield_gil: Callable[[], None]) -> tuple[Fi
     In a damaged compressed file, the lines before the damage are read as usual, and the last damaged range is the whole file,
     because the content of the rest is unknown. Raises `FileUnusableError` if the file is compressed and zstd is missing.
     """
-    plain, problem = compression.decompress(name, data)
+    return read_decompressed(*compression.decompress(name, data), data, yield_gil)
+
+
+def read_decompressed(plain: bytes, problem: str, data: bytes, yield_gil: Callable[[], None]) -> tuple[FileContents, bytes]:
+    """The same for a file with the bytes `data` of which `plain` could be decompressed, before a `problem` if there is one."""
     contents = read_lines(plain, yield_gil)
     if not problem:
         return contents, plain
-    contents.damaged.append(DamagedRange(len(plain), len(data), f"bad_compression: {problem}"))
+    contents.damaged.append(compression_damage(plain, problem, data))
     return contents, plain + data
 
 
-def read_lines(data: bytes, yield_gil: Callable[[], None]) -> FileContents:
-    """Separate the good lines of a file from the damaged ones."""
+def compression_damage(plain: bytes, problem: str, data: bytes) -> DamagedRange:
+    """The damaged range of a compressed file: all of it, behind what could be decompressed."""
+    return DamagedRange(len(plain), len(data), f"{BAD_COMPRESSION}{problem}")
+
+
+def read_lines(data: bytes, yield_gil: Callable[[], None], *, is_rest_of_line: bool = False) -> FileContents:
+    """Separate the good lines of a file from the damaged ones.
+
+    With `is_rest_of_line`, the first line is the end of a line that is no record.
+    """
     payloads: list[bytes] = []
     spans: list[DamagedRange] = []
     offset = number = 0  # of the line
+    if is_rest_of_line:
+        offset = _read_line(data, 0, payloads, spans, is_rest_of_line=True)
     while offset <= len(data):
         ahead = YIELD_EVERY_LINES - number % YIELD_EVERY_LINES
         if ahead == YIELD_EVERY_LINES:
@@ -87,12 +102,16 @@ def read_lines(data: bytes, yield_gil: Callable[[], None]) -> FileContents:
     return FileContents(payloads, spans)
 
 
-def _read_line(data: bytes, offset: int, payloads: list[bytes], spans: list[DamagedRange]) -> int:
+def _read_line(
+    data: bytes, offset: int, payloads: list[bytes], spans: list[DamagedRange], *, is_rest_of_line: bool = False
+) -> int:
     """Add one line to the good or the damaged ones. Returns the offset of the next line."""
     end = data.find(b"\n", offset)
     line = data[offset : end if end >= 0 else len(data)]
-    if line and not line.isspace():
+    if line and (is_rest_of_line or not line.isspace()):
         try:
+            if is_rest_of_line:
+                raise DamagedRecordError("too_long")  # noqa: TRY301 - handled like every other damage
             payloads.append(record.payload(line))
         except DamagedRecordError as damage:
             length = min(len(line) + 1, len(data) - offset)

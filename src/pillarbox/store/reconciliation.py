@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import msgspec
 
 from pillarbox.errors import FileUnusableError
-from pillarbox.store import layout, reader
+from pillarbox.store import layout
+from pillarbox.store.file_parts import parts_of
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import (
     BATCH_ENTRIES,
@@ -41,6 +42,7 @@ from pillarbox.store.ledger_entries import (
     SummaryEntry,
     parse_ledger,
 )
+from pillarbox.store.windows import count_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -415,21 +417,20 @@ def _reconcile_once(
             if kind is Kind.SEALED:
                 known_counts[name] = sealed[layout.batch_id(name)] = _count_sealed(directory, name)
                 continue
-            data = _read_file(directory, name)
+            if kind is Kind.DEAD:
+                dead[layout.batch_id(name).removeprefix("dead-")] = _count_lines(directory, name)
+            else:
+                active[name] = _count_records(directory, name, is_growing=True)
         except FileNotFoundError:
             continue
-        except (OSError, FileUnusableError):
+        except (OSError, FileUnusableError, MemoryError):
             unreadable.append(name)
-            data = None
             if kind is Kind.SEALED:
                 sealed[layout.batch_id(name)] = _UNREADABLE_COUNTS
-        if kind is Kind.DEAD:
-            dead[layout.batch_id(name).removeprefix("dead-")] = 0 if data is None else data.count(b"\n")
-        elif kind is not Kind.SEALED:
-            writer = layout.writer_of(name)
-            active[name] = (
-                FileCounts(0, 1, writer) if data is None else _count_records(name, data[: data.rfind(b"\n") + 1], writer)
-            )
+            elif kind is Kind.DEAD:
+                dead[layout.batch_id(name).removeprefix("dead-")] = 0
+            else:
+                active[name] = msgspec.structs.replace(_UNREADABLE_COUNTS, writer=layout.writer_of(name))
     progress(total, total)
     entries, unread = _read_entries(directory)
     present = {name for name, _ in directory.filesystem.list_files(directory.path)}
@@ -449,22 +450,24 @@ def _batch_ids(entries: list[LedgerEntry]) -> set[str]:
     return {entry.batch for entry in entries if isinstance(entry, BATCH_ENTRIES)}
 
 
-def _read_file(directory: Directory, name: str) -> bytes:
+def _count_lines(directory: Directory, name: str) -> int:
     fd = directory.open_existing(name)
     try:
-        return directory.filesystem.read_all(fd)
+        return sum(part.count(b"\n") for part in parts_of(directory.filesystem, fd))
     finally:
         directory.filesystem.close(fd)
 
 
 def _count_sealed(directory: Directory, name: str) -> FileCounts:
     try:
-        return _count_records(name, _read_file(directory, name))
+        return _count_records(directory, name)
     except FileNotFoundError:  # it was removed or compressed meanwhile
-        name = layout.compressed_name(name)
-        return _count_records(name, _read_file(directory, name))
+        return _count_records(directory, layout.compressed_name(name))
 
 
-def _count_records(name: str, data: bytes, writer: str = "") -> FileCounts:
-    contents, _ = reader.read_file(name, data, lambda: None)
-    return FileCounts(len(contents.payloads), len(contents.damaged), writer)
+def _count_records(directory: Directory, name: str, *, is_growing: bool = False) -> FileCounts:
+    fd = directory.open_existing(name)
+    try:
+        return FileCounts(*count_records(directory.filesystem, name, fd, is_growing=is_growing), layout.writer_of(name))
+    finally:
+        directory.filesystem.close(fd)

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from pillarbox.store.filesystem import Filesystem
 
 
-_TAIL_READ_BYTES: Final = 64 * 1024  # bytes read at a time to find the last whole line
-
 SealReason = Literal["batch_size", "batch_bytes", "flush_interval", "startup", "adopted", "shutdown", "manual"]
 
 
@@ -69,17 +67,6 @@ class Segment(SegmentCounters):
 NO_FILE: Final = LockedFile("", -1)
 
 
-def end_of_last_line(filesystem: Filesystem, fd: int, size: int) -> int:
-    """The offset after the last line feed in a file of `size` bytes; 0 if it has none."""
-    while size:
-        start = max(0, size - _TAIL_READ_BYTES)
-        line_feed = filesystem.read_at(fd, start, size - start).rfind(b"\n")
-        if line_feed >= 0:
-            return start + line_feed + 1
-        size = start
-    return 0
-
-
 def ends_with_line_feed(filesystem: Filesystem, fd: int) -> bool:
     """Whether a file is empty or ends in a whole line."""
     size = filesystem.size(fd)
@@ -97,6 +84,9 @@ def cut_off_short_write(filesystem: Filesystem, fd: int, written: int) -> DropRe
 
 # a full segment gets one part in this many of `batch_size` more events before the writer checks for a spare again
 SPARE_RECHECK_SHARE: Final = 16
+# Of a segment that cannot be retired because too many wait to be sealed: the disk is slower than the callers. A batch file must
+# stay small enough to be compressed, and to be delivered soon.
+SEGMENT_BYTES_MAX: Final = 64 * 2**20
 _GROW_EVERY: Final = 8  # for every this many retired segments, the active one may hold `batch_size` events more
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -112,6 +102,25 @@ class WriterLimits(NamedTuple):
     def events_due(self, retired: int) -> int:
         """The number of events at which a segment is full: more while many retired ones wait, as each costs the sealer time."""
         return self.batch_size * (1 + retired // _GROW_EVERY)
+
+    def is_full_for(self, segment: Segment, size: int) -> bool:
+        """Whether `size` more bytes belong into the next segment."""
+        return segment.bytes > 0 and segment.bytes + size > self.batch_bytes
+
+    def may_grow(self, segment: Segment, size: int) -> bool:
+        """Whether a segment that cannot be retired may have `size` more bytes."""
+        return segment.bytes == 0 or segment.bytes + size <= max(SEGMENT_BYTES_MAX, self.batch_bytes)
+
+    def drop_reason(
+        self, segment: Segment, size: int, bytes_left: int, pending_files: int, *, can_retire: bool
+    ) -> DropReason | None:
+        """Why `size` bytes cannot be appended, or None. `bytes_left` are those that the segment may have for `max_bytes`."""
+        if size > bytes_left - segment.bytes:
+            return "max_bytes"
+        full = self.is_full_for(segment, size)
+        if pending_files >= self.max_files and (full or not segment.is_counted):
+            return "max_files"
+        return None if can_retire or self.may_grow(segment, size) else "disk_slow"
 
     def recheck_at(self, events: int) -> int:
         """The number of events at which a full segment that could not be retired is checked again."""

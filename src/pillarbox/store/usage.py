@@ -59,7 +59,7 @@ def measure_usage(filesystem: Filesystem, path: str, queues: Sequence[str]) -> D
         sealed_files=sealed.files,
         sealed_bytes=sealed.bytes,
         corrupt_files=sums[Kind.CORRUPT].files,
-        corrupt_bytes=sums[Kind.CORRUPT].bytes,
+        corrupt_bytes=sums[Kind.CORRUPT].bytes + sums[Kind.RANGES].bytes,
         dead_files=sums[Kind.DEAD].files,
         dead_bytes=sums[Kind.DEAD].bytes,
         delivered_files=sums[Kind.DELIVERED].files,

@@ -24,6 +24,7 @@ from pillarbox._native import RECORD_TEMPLATE, WriterState, compile_enqueue
 from pillarbox.forks import check_fork
 from pillarbox.outcome import DROP_REASONS, DROPPED, ENQUEUED, Dropped, DropReason, Durability, Outcome
 from pillarbox.store import layout
+from pillarbox.store.file_parts import end_of_last_line
 from pillarbox.store.segment import (
     NO_FILE,
     Segment,
@@ -32,7 +33,6 @@ from pillarbox.store.segment import (
     WriterProgress,
     cut_off_short_write,
     drop_reason_of,
-    end_of_last_line,
     ends_with_line_feed,
 )
 
@@ -204,17 +204,13 @@ class Writer(WriterState):
         if self._repairing:
             self._repair_torn_tail()
         size = len(lines)
-        if size > self._bytes_left - self._file.bytes:
+        full, can_retire = self.limits.is_full_for(self._file, size), len(self.retired) < RETIRED_MAX
+        reason = self.limits.drop_reason(self._file, size, self._bytes_left, self.pending_files, can_retire=can_retire)
+        reason = "disk_low" if self._disk_low and reason != "max_bytes" else reason
+        if reason is not None:
             self._update_limit()
-            return self._count_drop("max_bytes", events)
-        if self._disk_low:
-            self._update_limit()
-            return self._count_drop("disk_low", events)
-        full = self._file.bytes > 0 and self._file.bytes + size > self.limits.batch_bytes
-        if self.pending_files >= self.limits.max_files and (full or not self._file.is_counted):
-            self._update_limit()
-            return self._count_drop("max_files", events)
-        if full and len(self.retired) < RETIRED_MAX:
+            return self._count_drop(reason, events)
+        if full and can_retire:
             if not self._spares:
                 self._spares.append(self._create_segment())
             self._retire("batch_bytes")
@@ -239,7 +235,8 @@ class Writer(WriterState):
         if self._disk_low:
             return self._count_drop("disk_low", events)
         try:
-            if self._repairing or file.locked_file is NO_FILE or not ends_with_line_feed(self._filesystem, file.fd):
+            usable = not self._repairing and file.locked_file is not NO_FILE and self.limits.may_grow(file, size)
+            if not usable or not ends_with_line_feed(self._filesystem, file.fd):
                 if len(self.retired) >= 2 * RETIRED_MAX:
                     return self._count_drop("would_block", events)
                 file, own = self._create_segment(), True

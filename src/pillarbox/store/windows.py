@@ -1,0 +1,133 @@
+"""A batch file of any size, read in windows: so much of it is in memory at a time.
+
+A window ends with a line, so that the records of a window are the same at every attempt. Most files are one window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import msgspec
+
+from pillarbox.store import compression, layout, reader
+from pillarbox.store.file_parts import end_of_last_line
+from pillarbox.store.reader import DamagedRange, FileContents
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pillarbox.store.filesystem import Filesystem
+
+# A batch of the usual size is one window. Decoded events may take ten times as much memory as their lines, and two windows may
+# be in memory: the one that is sent and the next.
+WINDOW_BYTES: Final = 2 * 2**20
+TOO_LONG: Final = "too_long"  # of a line that is longer than a window; the longest record has an eighth of that
+
+
+class Window(NamedTuple):
+    """A part of a file: whole lines, or a part of a line that is longer than a window."""
+
+    contents: FileContents  # the ranges say where they are in the file
+    data: bytes  # the lines
+    offset: int  # of `data` in the file
+    is_last: bool
+
+    def damaged_bytes(self) -> bytes:
+        """The bytes of the damaged ranges, one after another."""
+        starts = [damaged.offset - self.offset for damaged in self.contents.damaged]
+        return b"".join(
+            self.data[start : start + damaged.length] for start, damaged in zip(starts, self.contents.damaged, strict=True)
+        )
+
+
+def no_yield() -> None:
+    """Yield nothing: nobody waits for the GIL."""
+
+
+def read_windows(
+    filesystem: Filesystem,
+    name: str,
+    fd: int,
+    yield_gil: Callable[[], None] = no_yield,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    size: int | None = None,
+) -> Iterator[Window]:
+    """The windows of an open file, compressed or not, or of its first `size` bytes; at least one, also of an empty file.
+
+    A compressed file is decompressed as a whole, because its size is limited. What follows a damaged place in it is unknown, so
+    its last range is the whole compressed file. Raises `OSError`, and `FileUnusableError` where zstd is missing.
+    """
+    size = filesystem.size(fd) if size is None else size
+    if not name.endswith(layout.COMPRESSED_SUFFIX):
+        yield from _line_windows(lambda offset, count: filesystem.read_at(fd, offset, count), size, yield_gil, window_bytes)
+    elif size > compression.PLAIN_BYTES_MAX:
+        yield from _damaged_windows(filesystem, fd, size, window_bytes)
+    else:
+        yield from _decompressed_windows(name, filesystem.read_all(fd), yield_gil, window_bytes)
+
+
+def count_records(
+    filesystem: Filesystem, name: str, fd: int, yield_gil: Callable[[], None] = no_yield, *, is_growing: bool = False
+) -> tuple[int, int]:
+    """The numbers of good records and of damaged ranges in an open file. Raises the errors of `read_windows`.
+
+    Of a file that is growing, only whole lines count.
+    """
+    records = ranges = 0
+    end = end_of_last_line(filesystem, fd, filesystem.size(fd)) if is_growing else None
+    for window in read_windows(filesystem, name, fd, yield_gil, size=end):
+        records += len(window.contents.payloads)
+        ranges += len(window.contents.damaged)
+    return records, ranges
+
+
+def _line_windows(
+    read_at: Callable[[int, int], bytes], size: int, yield_gil: Callable[[], None], window_bytes: int
+) -> Iterator[Window]:
+    offset, is_rest_of_line = 0, False
+    while True:
+        data = read_at(offset, min(window_bytes, size - offset)) if offset < size else b""
+        is_last = not data or offset + len(data) >= size
+        end = len(data) if is_last else data.rfind(b"\n") + 1
+        if end:
+            contents = reader.read_lines(data[:end], yield_gil, is_rest_of_line=is_rest_of_line)
+            is_rest_of_line = False
+        else:
+            # A record behind NUL bytes is a record, so a window may begin behind them.
+            end = data.rfind(b"\0") + 1
+            is_rest_of_line, end = not end, end or len(data)
+            contents = FileContents([], [DamagedRange(0, end, TOO_LONG)])
+        yield Window(_moved(contents, offset), data[:end], offset, is_last)
+        if is_last:
+            return
+        offset += end
+
+
+def _moved(contents: FileContents, offset: int) -> FileContents:
+    """The same contents, for a window that begins at `offset`."""
+    if not offset or not contents.damaged:
+        return contents
+    damaged = [msgspec.structs.replace(damaged, offset=offset + damaged.offset) for damaged in contents.damaged]
+    return FileContents(contents.payloads, damaged)
+
+
+def _decompressed_windows(name: str, data: bytes, yield_gil: Callable[[], None], window_bytes: int) -> Iterator[Window]:
+    plain, problem = compression.decompress(name, data)
+    if len(plain) <= window_bytes:
+        contents, all_bytes = reader.read_decompressed(plain, problem, data, yield_gil)
+        yield Window(contents, all_bytes, 0, is_last=True)
+        return
+    for window in _line_windows(lambda offset, count: plain[offset : offset + count], len(plain), yield_gil, window_bytes):
+        yield window._replace(is_last=window.is_last and not problem)
+    if problem:
+        yield Window(FileContents([], [reader.compression_damage(plain, problem, data)]), data, len(plain), is_last=True)
+
+
+def _damaged_windows(filesystem: Filesystem, fd: int, size: int, window_bytes: int) -> Iterator[Window]:
+    """The windows of a compressed file that is larger than any of ours."""
+    reason = f"{reader.BAD_COMPRESSION}has more than {compression.PLAIN_BYTES_MAX} bytes"
+    for offset in range(0, size, window_bytes):
+        data = filesystem.read_at(fd, offset, window_bytes)
+        is_last = offset + window_bytes >= size
+        yield Window(FileContents([], [DamagedRange(offset, len(data), reason)]), data, offset, is_last)
