@@ -318,7 +318,7 @@ def test_a_batch_that_is_missing_in_a_queue_is_reported(with_data_loss: Path, *,
     account = verify_json(with_data_loss)["live"]
     assert not account["balances"]
     assert [(wrong["events"], wrong["problem"]) for wrong in account["discrepancies"]] == [
-        (10, "handed over, and not in the account of the sink")
+        (10, "fanned out, but not in the ledger of the sink")
     ]
 
 

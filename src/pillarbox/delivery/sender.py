@@ -105,7 +105,7 @@ class Sender:
         return result
 
     def start_loop(self) -> None:
-        """Begin anew, on the event loop that runs now."""
+        """Reset the state for the event loop that runs now."""
         self._abandoned_calls.clear()
         self._call_order = asyncio.Lock()
 

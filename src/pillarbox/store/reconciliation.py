@@ -186,12 +186,12 @@ class _LedgerFold:
         self.rows: dict[str, LedgerRow] = {}
         self.fanned_out: dict[str, int] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
-        mended: set[LedgerEntry] = set()
+        rewritten: set[LedgerEntry] = set()
         for entry in entries:
             if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry)):
-                if entry in mended:
+                if entry in rewritten:
                     continue  # the entry was written again after a disk error
-                mended.add(entry)
+                rewritten.add(entry)
             self._add_entry(entry)
 
     def _add_entry(self, entry: LedgerEntry) -> None:
@@ -373,7 +373,7 @@ def reconcile_queues(
         missing = outbox_report.reconciliation.fanned_out.get(queue.sink, 0) - fanned_out
         if missing > 0:
             report.reconciliation.discrepancies.append(
-                Discrepancy("", FAN_OUT_WRITER, missing, "handed over, and not in the account of the sink")
+                Discrepancy("", FAN_OUT_WRITER, missing, "fanned out, but not in the ledger of the sink")
             )
         reports[queue.sink] = report
     return reports
