@@ -28,6 +28,7 @@ ARGUMENTS = {
     "dead replay": ["-d", "box", "--all"],
     "dead edit": ["-d", "box", "--all", "--editor", "true"],
     "deliver": ["-d", "box", "--once", "--sink", "sqlite:///events.db", "--metrics", "127.0.0.1:0"],
+    "flush": ["-d", "box", "--timeout", "1"],
     "import": ["events.ndjson", "-d", "box"],
     "inspect": ["e-000001", "-d", "box"],
     "quarantine purge": ["-d", "box", "--all"],

@@ -189,12 +189,18 @@ SECONDS_PER_MUTANT_MAX: Final = 240.0  # for one harness: several times what any
 
 
 def first_finder(mutant: mutants.Mutant) -> str:
-    """The first harness that finds a mutant; empty if none does. Those that are documented as its finders come first."""
-    documented = mutants.documented_finders().get(mutant.name, [])
-    for harness in sorted(mutants.chosen_for(mutant), key=lambda name: name not in documented):
+    """The first harness that finds a mutant; empty if none does.
+
+    The unit tests come first if the mutant names some, and then the harnesses that are documented as its finders.
+    """
+    documented = mutants.documented_finders(mutant.name)
+    quickest = mutants.UNIT_TESTS if mutants.named_tests(mutant) else ""
+    for harness in sorted(mutants.chosen_for(mutant), key=lambda name: (name != quickest, name not in documented)):
         verdict = mutants.run_harnesses(mutant, {harness: SECONDS_PER_MUTANT_MAX})[harness]
         if verdict.found:
-            return f"{harness}, because {verdict.why}" if verdict.seconds >= SECONDS_PER_MUTANT_MAX else harness
+            if verdict.seconds >= SECONDS_PER_MUTANT_MAX:
+                return f"{harness}, because {verdict.why}"
+            return f"{harness} ({test})" if (test := mutants.failed_test(verdict)) else harness
     return ""
 
 

@@ -63,7 +63,7 @@ LEFT_OUT: Final = (
 # `name [harnesses]: what it breaks`, and a patch of the module named above it: lines with - are removed, those with + added,
 # the others kept. The first and the last line may be parts of lines. The removed and kept text occurs exactly once in the
 # module. The harnesses run on this mutant in addition to the default ones, or after `only`, in place of them. A name with a slash
-# is a module of tests, which come first among the unit tests.
+# is a module of tests, or one of its tests (`store/test_reader::test_name`), which come first among the unit tests.
 PATCHES: Final = Path(__file__).with_suffix(".txt").read_text()
 
 
@@ -75,7 +75,7 @@ class Mutant(NamedTuple):
     module: str  # under src/pillarbox; of a C source under src
     old: str
     new: str
-    also: list[str]  # harnesses, and modules below `tests` that the unit tests begin with
+    also: list[str]  # harnesses, and what the unit tests begin with: modules below `tests`, and tests in them
     only: bool  # whether the default harnesses are left out
 
     @property
@@ -297,22 +297,37 @@ def chosen_for(mutant: Mutant) -> list[str]:
 
 
 @functools.cache
-def documented_finders() -> dict[str, list[str]]:
-    """The harnesses that find each mutant, by its name, as the table in the documents has them."""
+def documented_rows() -> dict[str, dict[str, str]]:
+    """The rows of the table in the documents by the name of the mutant: cells by column."""
     rows = [line.strip("| ").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| ")]
     columns = next(row for row in rows if row[0] == "mutant")
-    return {
-        row[0]: [harness for harness, cell in zip(columns, row, strict=True) if cell == "**found**"]
-        for row in rows
-        if len(row) == len(columns)
-    }
+    table = [row for row in rows if len(row) == len(columns) and row[0] not in ("mutant", "---")]
+    return {row[0]: dict(zip(columns, row, strict=True)) for row in table}
+
+
+def documented_finders(name: str) -> list[str]:
+    """The harnesses that find a mutant, as the table in the documents has them."""
+    return [harness for harness, cell in documented_rows().get(name, {}).items() if cell == "**found**"]
+
+
+def failed_test(verdict: Verdict) -> str:
+    """The unit test that found a mutant; empty if it was another harness."""
+    failed = re.search(r"^FAILED tests/(\S+)\.py(::\w+)", verdict.why, re.MULTILINE)
+    return "".join(failed.groups()) if failed else ""
+
+
+def named_tests(mutant: Mutant) -> list[str]:
+    """The modules of tests and the tests that a mutant names."""
+    return [name for name in mutant.also if "/" in name]
 
 
 def first_tests(mutant: Mutant) -> list[str]:
-    """The modules of unit tests that are most likely to find a mutant: those that it names, and those named for its module."""
+    """The unit tests that are most likely to find a mutant: those that it names, or the modules named for its module."""
     package, _, stem = mutant.module.removesuffix(".py").rpartition("/")
     own = sorted((ROOT / "tests" / package).glob(f"test_{stem}*.py")) if package else []
-    named = [f"tests/{name}.py" for name in mutant.also if "/" in name]
+    named = [
+        f"tests/{module}.py{colons}{test}" for module, colons, test in (name.partition("::") for name in named_tests(mutant))
+    ]
     return named or [f"tests/{package}/{path.name}" for path in own if f"{package}/{path.stem}" not in LEFT_OUT]
 
 
