@@ -448,12 +448,14 @@ def run(
     seed: int,
     directory: Path,
     progress: Callable[[BlockDeviceReport], None] = lambda _: None,
+    *,
+    cuts_min: int = 0,
 ) -> BlockDeviceReport:
-    """Run for about `seconds`. Raises `BlockDeviceViolation` with the history."""
+    """Run for about `seconds`, and longer on a slow machine: until there were so many cuts. Raises `BlockDeviceViolation` with the history."""
     with LoopDevice(filesystem, directory) as medium:
         cuts = PowerCuts(medium, seed)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or cuts.report().cuts < cuts_min:
             cuts.once()
             progress(cuts.report())
         return cuts.report()

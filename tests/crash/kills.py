@@ -467,12 +467,22 @@ def run(
     seed: int,
     directory: Path,
     progress: Callable[[KillReport], None] = lambda _: None,
+    *,
+    kills_min: int = 0,
+    acknowledged_min: int = 0,
 ) -> KillReport:
-    """Torture for about `seconds`. Raises `KillViolation`; the directory is kept then."""
+    """Torture for about `seconds`, and longer on a slow machine: until there were so many kills and acknowledged events.
+
+    Raises `KillViolation`; the directory is kept then.
+    """
     torture = KillTorture(directory, directory / "outboxes", seed, power=0.3, kept=(ACKNOWLEDGED, POWER))
     end = time.monotonic() + seconds
-    while (seconds_left := end - time.monotonic()) > 0:
-        torture.round(min(ROUND_S, seconds_left))
+    while (
+        (seconds_left := end - time.monotonic()) > 0
+        or (report := torture.report()).kills < kills_min
+        or report.acknowledged < acknowledged_min
+    ):
+        torture.round(min(ROUND_S, max(seconds_left, 1.0)))
         progress(torture.report())
     return torture.report()
 
@@ -483,10 +493,20 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--directory", type=Path)
+    parser.add_argument("--kills-min", type=int, default=0)
+    parser.add_argument("--acknowledged-min", type=int, default=0)
     chosen = parser.parse_args()
     directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-kills-"))
     print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - the report
-    print(run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True)))  # noqa: T201
+    report = run(
+        chosen.minutes * 60,
+        chosen.seed,
+        directory,
+        lambda report: print(report, flush=True),  # noqa: T201
+        kills_min=chosen.kills_min,
+        acknowledged_min=chosen.acknowledged_min,
+    )
+    print(report)  # noqa: T201
 
 
 if __name__ == "__main__":

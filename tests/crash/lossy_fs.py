@@ -325,8 +325,14 @@ def run(
     directory: Path,
     progress: Callable[[kills.KillReport], None] = lambda _: None,
     failing: float = 0.0,
+    *,
+    rounds_min: int = 0,
+    acknowledged_min: int = 0,
 ) -> kills.KillReport:
-    """Torture for about `seconds`, with a cut in each round. Raises `KillViolation`; the files are kept then."""
+    """Torture with a cut in each round for about `seconds`, and longer on a slow machine: until the minima are reached.
+
+    Raises `KillViolation`; the files are kept then.
+    """
     mount = directory / "mount"
     chance = random.Random(f"{seed}/cuts")
 
@@ -341,7 +347,9 @@ def run(
     with mounted(mount, seed, failing):
         torture = kills.KillTorture(directory, mount / "outboxes", seed, power=0.7, kept=(kills.POWER,), cut=fail)
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while (
+            time.monotonic() < end or (report := torture.report()).rounds < rounds_min or report.acknowledged < acknowledged_min
+        ):
             torture.round(ROUND_S)
             progress(torture.report())
     return torture.report()
@@ -368,6 +376,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
     parser.add_argument("--directory", type=Path)
     parser.add_argument("--failing", type=float, default=0.0)
+    parser.add_argument("--rounds-min", type=int, default=0)
+    parser.add_argument("--acknowledged-min", type=int, default=0)
     parser.add_argument("--serve")
     chosen = parser.parse_args()
     if chosen.serve:
@@ -376,7 +386,15 @@ def main() -> None:
     directory = chosen.directory or Path(tempfile.mkdtemp(prefix="pillarbox-lossy-fs-"))
     print(f"seed {chosen.seed}, in {directory}", flush=True)  # noqa: T201 - the report
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file system is unmounted
-    report = run(chosen.minutes * 60, chosen.seed, directory, lambda report: print(report, flush=True), chosen.failing)  # noqa: T201
+    report = run(
+        chosen.minutes * 60,
+        chosen.seed,
+        directory,
+        lambda report: print(report, flush=True),  # noqa: T201
+        chosen.failing,
+        rounds_min=chosen.rounds_min,
+        acknowledged_min=chosen.acknowledged_min,
+    )
     print(report, flush=True)  # noqa: T201
 
 

@@ -28,7 +28,7 @@ def machine(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("filesystem", block_device.MAKERS)
 def test_every_state_after_a_cut_is_admitted_by_the_model_and_loses_no_promised_event(filesystem: str, tmp_path: Path) -> None:
     """The power is cut after any operation of histories of the real code, and of random operations."""
-    report = block_device.run(filesystem, SECONDS, 20262, tmp_path)
+    report = block_device.run(filesystem, SECONDS, 20262, tmp_path, cuts_min=CUTS_MIN)
     print(report)  # noqa: T201 - shown if the test fails
     assert report.cuts >= CUTS_MIN
     assert 0 < report.raw < report.cuts
@@ -42,7 +42,7 @@ def test_a_sync_that_does_nothing_is_found(tmp_path: Path, monkeypatch: pytest.M
         block_device.TraceReplay, "do", lambda replay, op: None if op.verb.startswith("sync") else do(replay, op)
     )
     with pytest.raises(block_device.BlockDeviceViolation, match="does not admit"):
-        block_device.run("ext4", SECONDS, 1, tmp_path)
+        block_device.run("ext4", SECONDS, 1, tmp_path, cuts_min=CUTS_MIN)
 
 
 def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_a_model_that_does_not_know_of_nul_bytes_is_found(tmp_path: Path, monkey
 
     monkeypatch.setattr(durability_model, "_contents_after", without)
     with pytest.raises(block_device.BlockDeviceViolation, match="does not admit"):
-        block_device.run("ext4", SECONDS, 2, tmp_path)
+        block_device.run("ext4", SECONDS, 2, tmp_path, cuts_min=CUTS_MIN)
 
 
 @pytest.mark.parametrize("filesystem", block_device.MAKERS)

@@ -17,6 +17,7 @@ from tests.crash import kills
 ROOT = Path(__file__).parents[2]
 SECONDS = 11.0
 KILLS_MIN = 150
+ACKNOWLEDGED_MIN = 1_000
 
 
 def test_acknowledged_events_survive_every_kill(tmp_path: Path) -> None:
@@ -32,6 +33,10 @@ def test_acknowledged_events_survive_every_kill(tmp_path: Path) -> None:
         seed,
         "--directory",
         str(tmp_path),
+        "--kills-min",
+        str(KILLS_MIN),
+        "--acknowledged-min",
+        str(ACKNOWLEDGED_MIN),
     ]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -39,7 +44,7 @@ def test_acknowledged_events_survive_every_kill(tmp_path: Path) -> None:
         part.split("=") for part in process.stdout.splitlines()[-1].removeprefix("KillReport(").rstrip(")").split(", ")
     )
     assert int(figures["kills"]) >= KILLS_MIN
-    assert int(figures["acknowledged"]) > 1_000
+    assert int(figures["acknowledged"]) >= ACKNOWLEDGED_MIN
     assert int(figures["delivered"]) >= int(figures["acknowledged"])
 
 

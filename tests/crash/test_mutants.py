@@ -19,7 +19,7 @@ SAMPLE = [
     ("size-after-sync", "meanwhile"),
     ("failure-not-undone", "faults"),
     ("taken-without-lock", "interleave"),
-    ("found-times-ignored", "machine"),
+    ("seal-times-repeat", "machine"),
     ("lock-file-not-locked", "tests"),
     ("link-counts-at-once", "fanout"),
     ("c-last-not-synced", "enumeration"),
