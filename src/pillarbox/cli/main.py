@@ -60,8 +60,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         extensions = "C extensions" if COMPILED else "no C extensions"
         out.print(f"pillarbox {version('pillarbox')} ({extensions}), Python {platform.python_version()}")
         raise typer.Exit

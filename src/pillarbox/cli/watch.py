@@ -63,8 +63,8 @@ class _SinkRow(NamedTuple):
     waiting_bytes: int
     waiting_files: int
     oldest_age_s: float | None
-    beat: Heartbeat | None
-    silent_s: float | None
+    heartbeat: Heartbeat | None
+    heartbeat_age_s: float | None
     dead_files: int
 
 
@@ -147,11 +147,16 @@ def rates_of(then: _RateInput, now: _RateInput) -> Rates:
 
 def _sink_rates(then: _SinkRow | None, now: _SinkRow, seconds: float) -> SinkRates:
     out = None
-    if then is not None and then.beat is not None and now.beat is not None and then.beat.pid == now.beat.pid:
-        beats_s = (now.beat.at_micros - then.beat.at_micros) / 1e6
-        delivered = now.beat.delivered - then.beat.delivered
+    if (
+        then is not None
+        and then.heartbeat is not None
+        and now.heartbeat is not None
+        and then.heartbeat.pid == now.heartbeat.pid
+    ):
+        between_s = (now.heartbeat.at_micros - then.heartbeat.at_micros) / 1e6
+        delivered = now.heartbeat.delivered - then.heartbeat.delivered
         if delivered >= 0:
-            out = delivered / beats_s if beats_s > 0 else 0.0 if seconds > 0 else None
+            out = delivered / between_s if between_s > 0 else 0.0 if seconds > 0 else None
     empty = 0.0 if not now.waiting_bytes else None
     if then is not None and seconds > 0 and now.waiting_bytes and then.waiting_bytes > now.waiting_bytes:
         empty = now.waiting_bytes * seconds / (then.waiting_bytes - now.waiting_bytes)
@@ -217,7 +222,7 @@ def sample_line(sample: StatusSample) -> str:
         name = f"{sink.name}: {counted(sink.waiting_files, 'file')} pending, " if sink.name else ""
         parts.append(
             f"{name}oldest {_duration(sink.oldest_age_s)}, out {_rate(sink_rates.out_events_per_s, 'events')}, "
-            f"empty in {_duration(sink_rates.empty_in_s)}, {describe_state(sink.beat, sink.silent_s)}"
+            f"empty in {_duration(sink_rates.empty_in_s)}, {describe_state(sink.heartbeat, sink.heartbeat_age_s)}"
         )
     totals = (
         ("dead letters", status.dead_files),
@@ -250,7 +255,7 @@ def sample_screen(sample: StatusSample) -> Group:
     states = []
     for sink in _sink_rows(status):
         sink_rates = rates.sinks[sink.name]
-        name = one_line(sink.name or (sink.beat.sink if sink.beat is not None else "-"))
+        name = one_line(sink.name or (sink.heartbeat.sink if sink.heartbeat is not None else "-"))
         out = "-" if sink_rates.out_events_per_s is None else f"{sink_rates.out_events_per_s:,.0f}"
         table.add_row(
             Text(name),
@@ -266,11 +271,11 @@ def sample_screen(sample: StatusSample) -> Group:
 
 def _state_text(name: str, sink: _SinkRow) -> Text:
     text = Text(f"{name}  ", style="bold")
-    beat = sink.beat
-    colour = _COLOURS.get(beat.state.name, "") if beat is not None else ""
-    text.append(one_line(describe_state(beat, sink.silent_s)), style=f"not bold {colour}")
-    if beat is not None and beat.last_error and beat.last_error != beat.state.reason:
-        text.append(f"\n  last error: {one_line(beat.last_error)}", style="not bold")
+    heartbeat = sink.heartbeat
+    colour = _COLOURS.get(heartbeat.state.name, "") if heartbeat is not None else ""
+    text.append(one_line(describe_state(heartbeat, sink.heartbeat_age_s)), style=f"not bold {colour}")
+    if heartbeat is not None and heartbeat.last_error and heartbeat.last_error != heartbeat.state.reason:
+        text.append(f"\n  last error: {one_line(heartbeat.last_error)}", style="not bold")
     return text
 
 

@@ -126,11 +126,11 @@ class QuotaEnforcer:
     def _evict_delivered(self, space: DiskSpace, free: int, size: int) -> DiskSpace:
         """Delete retained files until enough is free and enough bytes were removed. Returns the space after that."""
 
-        def enough(gone: int) -> bool:
-            return gone >= size and self._space().free_bytes >= free
+        def is_enough(removed_bytes: int) -> bool:
+            return removed_bytes >= size and self._space().free_bytes >= free
 
         try:
-            self._evicted_delivered = evict_delivered(self._directory, enough) > 0
+            self._evicted_delivered = evict_delivered(self._directory, is_enough) > 0
         except OSError as error:
             log.warning("%s: retained batches could not be deleted: %s", self._directory.path, error)
         return self._space() if self._evicted_delivered else space
@@ -145,15 +145,15 @@ class QuotaEnforcer:
             return due - now
         before = self._writer.progress()
         try:
-            account = self._directory.disk_usage()
+            usage = self._directory.disk_usage()
         except FileNotFoundError:
             log.error("%s was deleted or moved; created again", self._directory.path)  # noqa: TRY400 - a traceback adds nothing
             self._directory.filesystem.make_directory(self._directory.path)
-            account = self._directory.disk_usage()
-        self._writer.correct_pending(before, account.pending_bytes, account.pending_files)
+            usage = self._directory.disk_usage()
+        self._writer.correct_pending(before, usage.pending_bytes, usage.pending_files)
         took = self._clock.monotonic() - now
         limits = self._writer.limits
-        full = 2 * account.pending_bytes > limits.max_bytes or 2 * account.pending_files > limits.max_files
+        full = 2 * usage.pending_bytes > limits.max_bytes or 2 * usage.pending_files > limits.max_files
         rest = max(_RECOUNT_FULL_S if full else _RECOUNT_S, _RECOUNT_SHARE * took)
         self._appended_at_recount = before.appended
         self._earliest_recount = now + took + _RECOUNT_SHARE * took

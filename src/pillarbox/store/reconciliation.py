@@ -186,12 +186,12 @@ class _LedgerFold:
         self.rows: dict[str, LedgerRow] = {}
         self.fanned_out: dict[str, int] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
-        rewritten: set[LedgerEntry] = set()
+        seen: set[LedgerEntry] = set()
         for entry in entries:
             if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry)):
-                if entry in rewritten:
+                if entry in seen:
                     continue  # the entry was written again after a disk error
-                rewritten.add(entry)
+                seen.add(entry)
             self._add_entry(entry)
 
     def _add_entry(self, entry: LedgerEntry) -> None:

@@ -88,7 +88,7 @@ class Retention:
 
     def prune(self) -> None:
         """Remove files that are too old or exceed a limit. Files that cannot be removed are tried again at the next call."""
-        kept: list[FileEntry] = []  # files that could not be removed
+        not_removed: list[FileEntry] = []  # files that could not be removed
         problem: OSError | None = None
         try:
             if self._list_at is None or (self._is_over_limit() and self._clock.monotonic() >= self._list_at):
@@ -108,8 +108,8 @@ class Retention:
                 self._bytes -= file.size
             except OSError as error:
                 problem = error
-                kept.append(file)
-        self._files.extendleft(reversed(kept))
+                not_removed.append(file)
+        self._files.extendleft(reversed(not_removed))
         if problem is None:
             self._logged_problems.discard(_NOT_REMOVED)
         else:
