@@ -7,6 +7,7 @@ import logging.config
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -52,7 +53,9 @@ def root() -> Iterator[logging.Logger]:
 
 
 @pytest.mark.parametrize("deliver", ["thread", "process"])
-def test_an_outbox_that_stores_its_own_log_does_not_feed_itself(deliver: str, root: logging.Logger, tmp_path: Path) -> None:
+def test_an_outbox_that_stores_its_own_log_does_not_feed_itself(
+    deliver: Literal["thread", "process"], root: logging.Logger, tmp_path: Path
+) -> None:
     """Every delivery over HTTP logs dozens of records at DEBUG; here the server also fails at first."""
     answers = iter([CannedResponse(503), CannedResponse(503)])
     with Server(lambda _request: next(answers, CannedResponse())) as server:
