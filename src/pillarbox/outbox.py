@@ -504,7 +504,9 @@ class Outbox(metaclass=OutboxMeta):
         # Read the sinks first, so that files whose events are counted as delivered are not counted as pending too.
         sinks = self._runner.sinks() if self._runner is not None else {}
         total = combine_stats(sinks)
-        problem = f"cannot start: {self._start_problem}" if self._start_problem else self._sealer.problem
+        problem = (
+            f"cannot start: {self._start_problem}" if self._start_problem else self._sealer.problem or self._ledger.problem
+        )
         if problem and total.state.name in ("idle", "draining", "standby"):
             total = total.as_degraded(problem)
         accepted, sealed = 0, dict(self._sealer.sealed)
@@ -527,6 +529,7 @@ class Outbox(metaclass=OutboxMeta):
             rate=total.rate,
             last_error=total.last_error,
             hook_failures=dict(self._hooks.failures),
+            unwritten_ledger_entries=self._ledger.unwritten_entries,
             sinks={name: sink for name, sink in sinks.items() if name != ONLY_SINK},
             **{name: getattr(total, name) for name in COUNTER_FIELDS},
         )
@@ -561,7 +564,7 @@ class Outbox(metaclass=OutboxMeta):
             self._runner.notify()
             self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
         self._committer.stop()
-        self._ledger.write(sync=False)  # writes entries that could not be written while another process held the ledger's lock
+        self._ledger.finish()
 
     def __enter__(self) -> Self:
         self._start()

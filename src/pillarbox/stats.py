@@ -120,6 +120,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
         rate: Current limit of the delivery in events/s; None: no limit.
         last_error: The last failure of a call; "" if there was none.
         hook_failures: How often each hook raised.
+        unwritten_ledger_entries: Entries of the ledger that wait in memory; after `close` they are lost.
         sinks: The stats of each sink by name; empty unless there are several sinks.
     """
 
@@ -142,4 +143,5 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     rate: float | None
     last_error: str
     hook_failures: dict[str, int]
+    unwritten_ledger_entries: int
     sinks: dict[str, SinkStats]

@@ -13,6 +13,7 @@ import pytest
 
 from pillarbox import Outbox
 from pillarbox.store import layout
+from pillarbox.store.queue_changes import request_queue
 from tests.cli.test_commands import CLEAN, NO_SEAL_BY_AGE, PILLARBOX, delivered_event_ids, event_line, run
 from tests.conftest import wait_until
 from tests.delivery.fanout_setup import balanced_totals, batch_files, enqueue_files, open_directory, reject_poison
@@ -64,7 +65,7 @@ def test_an_impossible_change_is_rejected(box: Path) -> None:
     """The message says what to do, and nothing changes."""
     folder = box.parent
     fill_queues(box, "live", "warehouse")
-    open_directory(box).request_queue("third")
+    request_queue(open_directory(box), "third")
     before = sorted(str(path) for path in box.rglob("*"))
     error_messages = {
         ("add", "live"): "live already has a queue",

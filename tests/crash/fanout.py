@@ -23,6 +23,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.filesystem import Filesystem
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.queue_changes import cancel_queue_request, remove_queue, request_queue
 from pillarbox.store.reconciliation import reconcile, reconcile_queues
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
@@ -146,9 +147,9 @@ class FanOutProcess:
         """Remove the queue of a sink, or the request for it."""
         for queue in self.directory.queues():
             if queue.sink == sink:
-                queue.remove_queue()
+                remove_queue(queue, self._ledger, self._clock)
         if sink in self.directory.requested_queues():
-            self.directory.cancel_queue_request(sink)
+            cancel_queue_request(self.directory, sink)
 
     def evict(self) -> None:
         """Evict all batches, by a limit of zero bytes."""
@@ -222,7 +223,7 @@ class FanOutWorld:
                 self.process.deliver(sinks)
             case "c" | "p":
                 if letter == "p":
-                    self.process.directory.request_queue(LATER)
+                    request_queue(self.process.directory, LATER)
                 self._set_sinks((*self.sinks, LATER), requested=letter == "p")
             case "r":
                 removed = self.sinks[1]
@@ -365,7 +366,11 @@ def _remaining(disk: Disk, sinks: tuple[str, ...]) -> str:
     """The first file that must not be left; empty if there is none."""
     for path in disk.files:
         name = path.removesuffix("/").rpartition("/")[2]
-        if layout.sink_of_queue(name) not in (None, *sinks) or layout.sink_of_adding(name) in sinks:
+        if (
+            layout.sink_of_queue(name) not in (None, *sinks)
+            or layout.sink_of_adding(name) in sinks
+            or layout.is_removing_name(name)
+        ):
             return f"left behind: {path}"
         if layout.kind_of(name) in (Kind.SEALED, Kind.TEMPORARY, Kind.DEAD):
             return f"left behind: {path}"

@@ -11,6 +11,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.queue_changes import request_queue
 from pillarbox.testing import RecordingSink
 from tests.crash.interleave import InterleavedProcess, InterleavingWorld, Program, deliver_once
 
@@ -116,7 +117,7 @@ def a_sink_is_added_while_others_are_delivered(world: InterleavingWorld) -> list
     world.put_file(layout.sealed_name(1, "x"), 1)
     fan_out_once(world.new_process())
     world.put_file(layout.sealed_name(2, "x"), 1)
-    world.new_process().directory.request_queue("c")
+    request_queue(world.new_process().directory, "c")
     world.added_sinks = ("c",)
     return [
         lambda process: fan_out_once(process, (*SINKS, "c")),

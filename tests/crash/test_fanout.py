@@ -13,6 +13,7 @@ import pytest
 from pillarbox.delivery.fanout import FanOut
 from pillarbox.store import reconciliation
 from pillarbox.store.directory import Directory
+from pillarbox.store.queue_changes import create_requested_queue, request_queue
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.testing.crash import CrashFilesystem, Op
 from pillarbox.testing.fault import Fault, FaultCounter
@@ -126,8 +127,8 @@ def a_link_counts_immediately(patch: Patch) -> None:
 def the_first_queues_are_created_one_by_one(patch: Patch) -> None:
     def finish_adding(self: FanOut, missing: Sequence[str], *, first: bool) -> None:
         for sink in missing if first else ():
-            self.directory.request_queue(sink)
-            self.directory.create_requested_queue(sink)
+            request_queue(self.directory, sink)
+            create_requested_queue(self.directory, sink)
             break
 
     patch.setattr(FanOut, "_finish_adding", finish_adding)

@@ -24,6 +24,7 @@ from pillarbox.store.dirscan import FileEntry, PortableScanOps
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import SealedEntry
 from pillarbox.store.os_filesystem import OsFilesystem
+from pillarbox.store.queue_changes import create_requested_queue, request_queue
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.reconciliation import _reconcile_once, reconcile
 from pillarbox.store.writer import Writer, WriterLimits
@@ -99,8 +100,8 @@ def test_a_batch_that_one_of_several_sinks_is_sending_stays_plain_for_all(outbox
     *_, name = seal_batches(outbox_dir, PLAIN_FILES_AT_HEAD + 1)
     queues = []
     for sink in ("a", "b"):
-        outbox_dir.request_queue(sink)
-        outbox_dir.create_requested_queue(sink)
+        request_queue(outbox_dir, sink)
+        create_requested_queue(outbox_dir, sink)
         queues.append(outbox_dir.queue(sink))
     for sealed in outbox_dir.batch_names():
         outbox_dir.remove(sealed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from pillarbox.store.ledger_entries import (
     QueueRenamedEntry,
     RepairedEntry,
     ReplayedEntry,
+    ReturnedEntry,
     SealedEntry,
     SettledEntry,
 )
@@ -144,3 +146,46 @@ def test_fanned_out_counts_follow_a_queue_that_is_renamed_or_removed() -> None:
         compact_entries(compact_entries(before, set(), 1) + change + after, set(), 2),
     ):
         assert reconciliation.reconcile_entries(entries, {}, []).fanned_out == {"a": 5, "b": 5, "c": every, "d": every + 5}
+
+
+def test_a_batch_that_came_back_empty_does_not_count_over_the_one_that_was_delivered() -> None:
+    """A power loss undid its deletion and lost its content: it is settled, fanned out, evicted and counted once more."""
+    sealed = SealedEntry(1, "a", "w", 3, 30)
+    delivered, empty = SettledEntry(2, "a", "s", 2, 0, 1, 0), SettledEntry(3, "a", "s", 0, 0, 0, 0)
+    orders: list[list[LedgerEntry]] = [
+        [sealed, delivered, empty],
+        [empty, delivered, sealed],
+        [sealed, delivered, empty, empty],
+    ]
+    for entries in orders:
+        account = reconciliation.reconcile_entries(entries, {"a": FileCounts(0, 0)}, [], dead_on_disk=1)
+        assert account.balances
+        assert (account.total.delivered, account.total.dead, account.total.resent) == (2, 1, 0)
+    evicted: list[LedgerEntry] = [sealed, EvictedEntry(2, "a", 3), EvictedEntry(3, "a", 0)]
+    assert reconciliation.reconcile_entries(evicted, {}, []).balances
+    in_queue: list[LedgerEntry] = [
+        SealedEntry(1, "a", "handed over", 3, 30),
+        SealedEntry(2, "a", "handed over", 0, 0),
+        delivered,
+    ]
+    assert reconciliation.reconcile_entries(in_queue, {}, [], dead_on_disk=1).balances
+    fanned_out: list[LedgerEntry] = [sealed, FannedOutEntry(2, "a", ["x"], 3, 0), FannedOutEntry(3, "a", ["x"], 0, 0)]
+    account = reconciliation.reconcile_entries(fanned_out, {}, [])
+    assert (account.balances, account.fanned_out) == (True, {"x": 3})
+
+
+def test_a_returned_batch_is_pending_again_and_missed_if_its_file_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if it was summed up as fanned out in between, and if the sums are made again."""
+    monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 0)
+    entries: list[LedgerEntry] = [SealedEntry(1, "a", "w", 3, 30), FannedOutEntry(2, "a", ["x"], 3, 0)]
+    returned = ReturnedEntry(6, "a", 3)
+    for before in (entries, compact_entries(entries, set(), 5)):
+        afters: list[list[LedgerEntry]] = [[*before, returned], compact_entries([*before, returned], {"a"}, 7)]
+        for after in afters:
+            there = reconciliation.reconcile_entries(after, {"a": FileCounts(3, 0)}, [])
+            assert (there.balances, there.total.accepted, there.total.pending, there.total.shared) == (True, 3, 3, 0)
+            lost = reconciliation.reconcile_entries(after, {}, [])
+            assert (lost.balances, lost.total.accepted, [wrong.events for wrong in lost.discrepancies]) == (False, 3, [3])
+            fanned_out_again: list[LedgerEntry] = [*after, FannedOutEntry(8, "a", ["y"], 3, 0)]
+            again = reconciliation.reconcile_entries(fanned_out_again, {}, [])
+            assert (again.balances, again.total.shared, again.fanned_out["y"]) == (True, 3, 3)

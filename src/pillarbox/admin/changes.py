@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from pillarbox.admin.scan import FileProblem
 from pillarbox.outcome import Dropped
+from pillarbox.store import layout
+from pillarbox.store.ledger import LedgerWrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +54,7 @@ class ChangeReport:
         self.problems_count = 0
         self.drop_reason = ""  # why the outbox accepts no more events; "" if it does
         self.interrupted = False
+        self.ledger_locked = False  # another process held the ledger's lock, so nothing more was changed
         self.ledger_behind = False  # the ledger could not be written, so it lacks these changes
 
     def add_problem(self, file: str, problem: str, line: int | None = None) -> None:
@@ -129,10 +132,14 @@ class ChangeExecutor:
                 group, events, size = [], 0, 0
             if self._should_stop():
                 self._report.interrupted = True
-            if self._report.interrupted or self._report.drop_reason:
+            if self._is_stopped:
                 break
-        if group and not self._report.interrupted:
+        if group and not self._report.interrupted and not self._report.ledger_locked:
             self._execute_group(group)
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._report.interrupted or self._report.ledger_locked or bool(self._report.drop_reason)
 
     def _execute_group(self, group: list[BatchChange]) -> None:
         if not self._started and not self._sync_directory("nothing was changed"):
@@ -150,7 +157,14 @@ class ChangeExecutor:
         if not done:
             return
         # On a full disk the files are changed although the ledger could not be written: that frees space.
-        if not self._ledger.write(sync=True):
+        outcome = self._ledger.write(sync=True)
+        if outcome is LedgerWrite.LOCKED:
+            repeat = "; events that are replayed already are enqueued a second time then, under the same ids"
+            problem = "is held by another process; nothing more was changed, try again"
+            self._report.add_problem(layout.LEDGER_LOCK, problem + (repeat if any(accepted for _, accepted, _ in done) else ""))
+            self._report.ledger_locked = True
+            return
+        if not outcome:
             self._report.ledger_behind = True
         for change, accepted, event_count in done:
             try:

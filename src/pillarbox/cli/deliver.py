@@ -88,7 +88,8 @@ def deliver(
     Also recovers the segments of dead writers; it does not touch those of running writers. One process delivers at a time; a
     second one waits as a standby. On SIGINT or SIGTERM it finishes the batch in flight and exits with 0 within 11 seconds (16
     with --otlp); a second signal exits immediately. With --once it exits with 1 if something is left; the last line says why.
-    Without --otlp, metrics are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
+    It also exits with 1 if counts are lost because the ledger could not be written. Without --otlp, metrics are exported if
+    OTEL_EXPORTER_OTLP_ENDPOINT is set.
     """
     log_to_terminal(quiet=quiet)
     interrupt_on_sigterm()
@@ -122,6 +123,7 @@ def _deliver(
         done, interrupted = once_timeout_s is None, True
     finally:
         runner.stop(_STOP_TIMEOUT_S)
+        unwritten = ledger.finish() + runner.unwritten_ledger_entries
         exporters.close()
     try:
         with limited_writes() if interrupted else nullcontext():
@@ -129,7 +131,7 @@ def _deliver(
             flush_stdout()
     except TimeoutError:
         discard_stdout()
-    return ExitCode.DONE if done else ExitCode.PARTIAL
+    return ExitCode.DONE if done and not unwritten else ExitCode.PARTIAL
 
 
 def _print_result(sinks: dict[str, SinkStats], pending: int, *, json: bool) -> None:

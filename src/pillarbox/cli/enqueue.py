@@ -74,4 +74,4 @@ def enqueue(
         more = f" (the first {LINES_REPORTED_MAX} are listed above)" if dropped > LINES_REPORTED_MAX else ""
         console = err if ack else out
         console.print(f"accepted {counted(accepted, 'event')}, dropped {dropped:,}{more}")
-    return ExitCode.PARTIAL if dropped else ExitCode.DONE
+    return ExitCode.PARTIAL if dropped or outbox.stats().unwritten_ledger_entries else ExitCode.DONE

@@ -17,8 +17,8 @@ from pillarbox.errors import DirectoryUnusableError, UsageError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.ledger_entries import QueueRenamedEntry
 from pillarbox.store.os_filesystem import local_filesystem
+from pillarbox.store.queue_changes import cancel_queue_request, finish_removals, remove_queue, rename_queue, request_queue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,7 +104,7 @@ def add(*, name: NameArgument, options: DirectoryOptions, json: JsonOption = Fal
         raise UsageError(f"{name!r} is not a name; {_NAME_RULE}")
     if name in {queue.sink for queue in directory.queues()}:
         raise UsageError(f"{name} already has a queue")
-    directory.request_queue(name)
+    request_queue(directory, name)
     text = f"{name} will start with the current backlog; deliver to it with --sink {name}=URL"
     return _print_change(SinkChange(sink=name, done="requested"), text, json=json)
 
@@ -127,9 +127,9 @@ def remove(
     letters and the quarantine of the queue first.
     """
     directory = _open_directory(options)
-    directory.finish_queue_removals()
+    finish_removals(directory)
     if name in directory.requested_queues():
-        directory.cancel_queue_request(name)
+        cancel_queue_request(directory, name)
         return _print_change(SinkChange(sink=name, done="request_cancelled"), f"request for {name} cancelled", json=json)
     with _lock_queue(directory, name, exclusive=return_batches) as queue:
         usage = queue.disk_usage()
@@ -142,12 +142,10 @@ def remove(
         if usage.sealed_files and not (discard or return_batches):
             alternative = ", or --return-batches to return them to the outbox" if is_last else ""
             raise UsageError(f"{name} has {pending} pending; give --discard to delete them{alternative}")
-        if return_batches:
-            if not is_last:
-                raise UsageError("--return-batches is for the last sink; the queues of other sinks have these batches too")
-            queue.return_batches()
-        _log_rename(directory, name, "")
-        queue.remove_queue()
+        if return_batches and not is_last:
+            raise UsageError("--return-batches is for the last sink; the queues of other sinks have these batches too")
+        clock = SystemClock()
+        remove_queue(queue, LedgerWriter(directory, clock), clock, return_batches=return_batches)
     outcome = "returned to the outbox" if return_batches else "deleted"
     text = f"removed {name}" + (f"; {pending} {outcome}" if usage.sealed_files else "")
     change = SinkChange(sink=name, done="removed", files=usage.sealed_files, returned=return_batches)
@@ -173,8 +171,8 @@ def rename(
     if new in directory.requested_queues() | {queue.sink for queue in directory.queues()}:
         raise UsageError(f"{new} already has a queue, or a request for one")
     with _lock_queue(directory, name) as queue:
-        _log_rename(directory, name, new)
-        queue.rename_queue(new)
+        clock = SystemClock()
+        rename_queue(queue, new, LedgerWriter(directory, clock), clock)
     return _print_change(SinkChange(sink=name, done="renamed", new=new), f"renamed {name} to {new}", json=json)
 
 
@@ -184,15 +182,6 @@ def _print_change(change: SinkChange, text: str, *, json: bool) -> int:
     else:
         out.print(text)
     return ExitCode.DONE
-
-
-def _log_rename(directory: Directory, name: str, new: str) -> None:
-    """Log the rename before it is done: otherwise a later queue of the old name would miss the old queue's batches."""
-    clock = SystemClock()
-    ledger = LedgerWriter(directory, clock)
-    ledger.add(QueueRenamedEntry(clock.micros(), name, new))
-    if not ledger.write(sync=True):
-        raise DirectoryUnusableError(directory.path, "its ledger cannot be written", "free disk space and try again")
 
 
 def _open_directory(options: DirectoryOptions) -> Directory:

@@ -7,7 +7,7 @@ misses a batch, and none that has settled a batch gets it again.
 
 A queue that is being made is called `sink-<name>.adding` until it is complete. The first queues of a directory start with all
 pending batches. A later queue starts with the batches that are sealed from then on, unless the backlog was requested for it
-(`Directory.request_queue`).
+(`queue_changes.request_queue`).
 
 `FanOutRunner` runs `FanOut` in a thread, and a worker for each sink. Each sink has a lease of its own, in its queue, so another
 process may deliver it. The process that holds the lease of the outbox directory fans out; as long as it does, no other process
@@ -30,8 +30,9 @@ from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.stats import DeliveryCounters, State
 from pillarbox.store import layout
 from pillarbox.store.filesystem import concerns_one_file
-from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite, LedgerWriter
 from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
+from pillarbox.store.queue_changes import create_requested_queue, empty_requests, finish_removals, request_queue
 from pillarbox.store.recovery import recover
 from pillarbox.store.windows import count_records
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.worker import Worker
     from pillarbox.stats import SinkStats
     from pillarbox.store.directory import Directory, LockedFile
+    from pillarbox.store.ledger_entries import LedgerEntry
     from pillarbox.store.retention import Retention
 
 log = logging.getLogger("pillarbox")
@@ -95,6 +97,10 @@ class FanOut:
         """The ledger of a queue; the same one for the queue's worker."""
         return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self.clock))
 
+    def finish_ledgers(self) -> int:
+        """At the end: write what waits for the ledgers of the queues. Returns the number of entries that cannot be written."""
+        return sum(ledger.finish() for ledger in self._ledgers.values())
+
     def distribute_all(self) -> int:
         """Fan out all pending batches and return how many files that were. Raises `OSError`."""
         return sum(self.distribute())
@@ -109,7 +115,8 @@ class FanOut:
         """
         if not self._is_prepared:  # a process that made or removed queues may have died before that was durable, or complete
             self.directory.filesystem.sync_directory(self.directory.path)
-            self.directory.finish_queue_removals()
+            finish_removals(self.directory)
+            empty_requests(self.directory)
             self._is_prepared = True
         queues = self.directory.queues()
         existing = {queue.sink for queue in queues}
@@ -126,11 +133,11 @@ class FanOut:
         """Make the queues that begin with what waits: the first ones of a directory, and those for which that was requested."""
         if first:
             for sink in missing:  # all of them before the first is made: one cut short here must not become a later queue
-                self.directory.request_queue(sink)
+                request_queue(self.directory, sink)
         requested = self.directory.requested_queues()
         for sink in missing:
             if sink in requested:
-                added = self.directory.create_requested_queue(sink)
+                added = create_requested_queue(self.directory, sink)
                 if not first:  # the files of the first queues are fanned out next, and get their entries then
                     self._add_adopted_entries(sink, added)
 
@@ -138,7 +145,7 @@ class FanOut:
         now = self.clock.micros()
         ledger = self.ledger_for(self.directory.queue(sink))
         ledger.add(*(AdoptedEntry(now, layout.batch_id(name), FAN_OUT_WRITER) for name in names))
-        ledger.write(sync=True)
+        ledger.write(sync=True)  # the queue's worker shares this writer, and writes them before it deletes a file
 
     def _distribute_to(self, queues: Sequence[Directory]) -> Iterator[int]:
         names = self.directory.batch_names()
@@ -219,20 +226,26 @@ class FanOut:
             yield_gil()
 
     def _write_ledgers(self, linked: Sequence[_LinkedFile], queues: Sequence[Directory]) -> None:
-        """Write the files into each queue's ledger, then into the directory's. On a full disk, go on without the entries."""
+        """Write the files into each queue's ledger, then into the directory's. On a full disk, go on without the entries.
+
+        While another process holds a ledger's lock, the files wait: raises `BlockingIOError`, and everything is done again.
+        """
         now = self.clock.micros()
         for queue in queues:
-            ledger = self.ledger_for(queue)
-            ledger.add(*(_sealed_entry(file, now) for file in linked))
-            ledger.write(sync=True)
+            _write_or_withdraw(self.ledger_for(queue), [_sealed_entry(file, now) for file in linked], queue.path)
         sinks = [queue.sink for queue in queues]
-        self.ledger.add(
-            *(
-                FannedOutEntry(now, layout.batch_id(file.locked_file.name), sinks, file.records, file.damaged_ranges)
-                for file in linked
-            )
-        )
-        self.ledger.write(sync=True)
+        entries = [
+            FannedOutEntry(now, layout.batch_id(file.locked_file.name), sinks, file.records, file.damaged_ranges)
+            for file in linked
+        ]
+        _write_or_withdraw(self.ledger, entries, self.directory.path)
+
+
+def _write_or_withdraw(ledger: LedgerWriter, entries: Sequence[LedgerEntry], path: str) -> None:
+    ledger.add(*entries)
+    if ledger.write(sync=True) is LedgerWrite.LOCKED:
+        ledger.withdraw(entries)
+        raise BlockingIOError(f"{path}: {LOCKED_PROBLEM}")
 
 
 def _sealed_entry(file: _LinkedFile, now_micros: int) -> SealedEntry:
@@ -276,6 +289,7 @@ class FanOutRunner:
         self._fan_out_until = 0.0  # monotonic seconds, once `stop` is called
         self._problem = ""
         self._all_fanned_out = False
+        self.unwritten_ledger_entries = 0  # of the queues; known after `stop`
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
 
     def start(self) -> None:
@@ -302,6 +316,7 @@ class FanOutRunner:
             return False
         self._write_heartbeat(now=True)  # the final state
         self._lease.release()
+        self.unwritten_ledger_entries = self._fan_out.finish_ledgers()
         return all(ended)
 
     def sinks(self) -> dict[str, SinkStats]:
@@ -394,9 +409,11 @@ class FanOutRunner:
     def _recover_segments(self) -> None:
         now = self._clock.micros()
         adopted = recover(self._directory)
-        self._fan_out.ledger.add(
-            *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
-        )
+        if adopted:
+            self._fan_out.ledger.add(
+                *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
+            )
+            self._fan_out.ledger.write(sync=False)
 
     def _start_runners(self) -> None:
         """Start a thread for each sink whose queue exists, whichever process made it."""

@@ -75,6 +75,7 @@ class ThreadRunner:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
+        self.unwritten_ledger_entries = 0  # whoever passed the ledger to the worker finishes it
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None

@@ -19,6 +19,7 @@ from pillarbox.delivery.config import jitter
 from pillarbox.delivery.rejects import FileRejects, RequiredSpace, encode_index, encode_letters, quarantine_bytes
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
+from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite
 from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
 from pillarbox.store.retention import Retention
 
@@ -127,6 +128,7 @@ class Settler:
         self._measured_full_at = -_MEASURE_WHEN_FULL_S
         self._logged_at = -_LOG_EVERY_S
         self._logged_totals = (0, 0)
+        self.waits_for_ledger = False  # the group waits until another process releases `ledger.lock`; nothing more is sent
         self.failures_in_row = 0  # several in a row are a fault of the disk, not of the files
         self.settlement_done = threading.Condition()  # notified after each group of settled files
 
@@ -162,14 +164,23 @@ class Settler:
             self.flush_group()
 
     def flush_group(self) -> None:
-        """Write the group's ledger entries, then delete or retain its files."""
+        """Write the group's ledger entries, then delete or retain its files.
+
+        While another process holds the ledger's lock, the group waits: see `waits_for_ledger`.
+        """
         group, self._group = self._group, []
         try:
-            if group and self._ledger is not None:
-                self._ledger.write(sync=True)  # on a full disk the entries wait in memory, and the deletions free space
+            if self._ledger is not None and (group or self._ledger.problem):
+                # On a full disk the entries stay in memory, and the deletions that free space go ahead.
+                outcome = self._ledger.write(sync=True)
+                self.waits_for_ledger = bool(group) and outcome is LedgerWrite.LOCKED
+                self._show_ledger_problem(self._ledger.problem)
         except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked for ever
             while group:
                 self.hold_failed(group.pop().delivered, error)
+        if self.waits_for_ledger:
+            self._group = group + self._group
+            return
         for settling in group:
             file = settling.delivered.file
             try:
@@ -199,6 +210,22 @@ class Settler:
             if self._retention is None or not self._retention.retain(locked_file):
                 self._directory.remove(locked_file.name)
             return self._directory.is_queued_elsewhere(locked_file)
+
+    def _show_ledger_problem(self, problem: str) -> None:
+        if problem:
+            self._status.warn(layout.LEDGER, problem)
+        else:
+            self._status.clear_warning(layout.LEDGER)
+
+    def abandon_group(self) -> None:
+        """At the end: release the files of a group that still waits for the ledger. They stay on disk, and are sent again."""
+        group, self._group, self.waits_for_ledger = self._group, [], False
+        for settling in group:
+            settling.delivered.close(self._directory.filesystem)
+        if group:
+            files = "1 delivered batch stays" if len(group) == 1 else f"{len(group)} delivered batches stay"
+            advice = "the next delivery worker sends them again, under the same batch ids"
+            log.error("%s: %s on disk, because %s; %s", self._directory.path, files, LOCKED_PROBLEM, advice)
 
     def flush_all(self) -> None:
         """Settle the group and make the deletions durable."""

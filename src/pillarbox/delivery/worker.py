@@ -30,7 +30,9 @@ from pillarbox.errors import FileUnusableError, SinkUnusableError
 from pillarbox.sinks.base import Misconfigured
 from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
+from pillarbox.store.ledger import LOCKED_PROBLEM
 from pillarbox.store.ledger_entries import AdoptedEntry
+from pillarbox.store.queue_changes import empty_requests
 from pillarbox.store.recovery import recover
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ log = logging.getLogger("pillarbox")
 
 _TAKEOVER_POLL_S: Final = 0.5  # between two attempts to acquire the lease
 _CLOSE_TIMEOUT_S: Final = 5.0  # for a sink to close
+_LEDGER_RETRY_S: Final = 0.25  # while another process holds the ledger's lock
 _FAILED_SETTLEMENTS_MAX: Final = 3  # consecutive errors after which the disk is at fault, not the files
 
 
@@ -103,6 +106,7 @@ class Worker:
         self._work = asyncio.Event()  # set when there may be something to do
         self._end_requested = False
         self._is_open = False
+        self._is_prepared = False  # since this process has the lease
         self._known_outages = 0
         self._in_flight: dict[asyncio.Task[None], SendRequest] = {}
         self.idle = threading.Event()  # set while the last scan of the directory has found nothing to do
@@ -164,9 +168,13 @@ class Worker:
         self._work.clear()
         try:
             if not self.lease.is_valid() and not self.lease.acquire():
+                self._is_prepared = False
                 self._status.transition("standby", STANDBY_REASON)
                 await self._pause(min(self._config.poll_interval_s, _TAKEOVER_POLL_S))
                 return
+            if not self._is_prepared:
+                empty_requests(self._directory)
+                self._is_prepared = True
             if await self._belongs_to_queues() or (not self._is_open and not await self._open_sink()):
                 return
             self._recover_segments()
@@ -184,7 +192,8 @@ class Worker:
             await self._wait_for_confirms(1)
         else:
             self._settler.flush_all()
-            await self._rest()
+            if not await self._wait_for_ledger():
+                await self._rest()
 
     async def _belongs_to_queues(self) -> bool:
         """Whether the directory has queues; waits if so, because this worker must not deliver batches of several sinks."""
@@ -207,6 +216,7 @@ class Worker:
             self._ledger.add(
                 *(AdoptedEntry(now, layout.batch_id(file.sealed_name), layout.writer_of(file.active_name)) for file in adopted)
             )
+            self._ledger.write(sync=False)
 
     def _note_outage(self) -> None:
         """After an outage, make all pending batches the backlog."""
@@ -356,6 +366,10 @@ class Worker:
             if self._poison_tracker.is_circuit_open:  # a request that was still in flight may have been accepted
                 await self._stop_delivery()
             return True
+        if self._settler.waits_for_ledger:
+            self._fetcher.drop_pending()
+            await self._await_calls(0)
+            return await self._wait_for_ledger()
         if self._settler.failures_in_row >= _FAILED_SETTLEMENTS_MAX:
             self._fetcher.drop_pending()
             await self._await_calls(0)
@@ -364,6 +378,17 @@ class Worker:
             await self._pause(wait)
             return True
         return False
+
+    async def _wait_for_ledger(self) -> bool:
+        """Wait while another process holds the ledger's lock: what is delivered must be counted before it is deleted."""
+        has_waited = self._settler.waits_for_ledger
+        while self._settler.waits_for_ledger:
+            self._status.transition("waiting", LOCKED_PROBLEM, _LEDGER_RETRY_S)
+            await self._pause(_LEDGER_RETRY_S)
+            self._settler.flush_group()
+        if has_waited:
+            self._status.set_healthy("draining")
+        return has_waited
 
     async def _stop_delivery(self) -> None:
         """Report the open circuit breaker and wait. Each time one batch is tried, until one is accepted."""
@@ -427,6 +452,7 @@ class Worker:
                 self._confirmer.drop_unconfirmed()
                 self._is_open = False
                 self._settler.flush_all()
+                self._settler.abandon_group()
             finally:
                 self._status.heartbeat(now=True)
                 self.lease.release()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
-from pillarbox.store.dirscan import ALL_NAMES, TIMESTAMP_MAX_MICROS
+from pillarbox.store.dirscan import TIMESTAMP_MAX_MICROS
 from pillarbox.store.file_parts import parts_of
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
@@ -148,83 +148,14 @@ class Directory:
         sinks = map(layout.sink_of_adding, self.filesystem.subdirectories(self.path))
         return {sink for sink in sinks if sink is not None}
 
-    def request_queue(self, sink: str) -> None:
-        """Request a queue that starts with the current backlog. Idempotent."""
-        self.filesystem.make_directory(self.path_of(layout.adding_name(sink)))
+    def rename_subdirectory(self, name: str, new_name: str) -> None:
+        """Rename a directory in this one, durably.
 
-    def create_requested_queue(self, sink: str) -> list[str]:
-        """Create the requested queue of a sink, with all batches that wait here or in another queue. Returns their names.
-
-        After a crash it is done again from the beginning.
+        It is synced first: otherwise a power loss could bring back what was removed from it, under the new name.
         """
-        adding = self.path_of(layout.adding_name(sink))
-        names: dict[str, str] = {}  # by batch id: one queue may have compressed the file and another not
-        for directory in (self, *self.queues()):
-            for name in directory.batch_names():
-                if names.setdefault(layout.batch_id(name), name) != name:
-                    continue
-                try:
-                    self.filesystem.link(directory.path_of(name), f"{adding}/{name}")
-                except (FileNotFoundError, PermissionError):
-                    del names[layout.batch_id(name)]  # it was just delivered or compressed, or is another user's
-                except FileExistsError:
-                    pass  # it was linked from another queue, or by an earlier attempt
-        for name in list(self.filesystem.list_names(adding, ALL_NAMES)):
-            if layout.batch_id(name) not in names:  # it was linked by an earlier attempt, and evicted since
-                self.remove(f"{layout.adding_name(sink)}/{name}")
-        self.filesystem.sync_directory(adding)
-        self.filesystem.rename(adding, self.path_of(layout.queue_name(sink)))
+        self.filesystem.sync_directory(self.path_of(name))
+        self.filesystem.rename(self.path_of(name), self.path_of(new_name))
         self.filesystem.sync_directory(self.path)
-        return sorted(names.values())
-
-    def remove_queue(self) -> None:
-        """Remove this queue and everything in it.
-
-        It stops being a queue at once; after a crash `finish_queue_removals` removes the rest.
-        """
-        if self.parent is None:
-            raise ValueError(self.path)
-        self.parent.remove_queue_directory(self.sink, self.path)
-
-    def cancel_queue_request(self, sink: str) -> None:
-        """Cancel the request for a queue."""
-        self.remove_queue_directory(sink, self.path_of(layout.adding_name(sink)))
-
-    def remove_queue_directory(self, sink: str, path: str) -> None:
-        """Remove the directory of a sink's queue, or of a requested one."""
-        self.finish_queue_removals()  # the rest of an earlier queue with this name
-        self.filesystem.rename(path, self.path_of(layout.removing_name(sink)))
-        self.filesystem.sync_directory(self.path)
-        self.finish_queue_removals()
-
-    def finish_queue_removals(self) -> None:
-        """Finish the removal of queues that was interrupted. Another process may do the same at this moment."""
-        for name in filter(layout.is_removing_name, self.filesystem.subdirectories(self.path)):
-            removed_path = self.path_of(name)
-            with contextlib.suppress(FileNotFoundError):
-                for file in self.filesystem.list_names(removed_path, ALL_NAMES):
-                    self.remove(f"{name}/{file}")
-                self.filesystem.remove_directory(removed_path)
-
-    def rename_queue(self, sink: str) -> None:
-        """Make this the queue of another sink."""
-        if self.parent is None:
-            raise ValueError(self.path)
-        self.filesystem.rename(self.path, self.parent.path_of(layout.queue_name(sink)))
-        self.filesystem.sync_directory(self.parent.path)
-
-    def return_batches(self) -> int:
-        """Return the batches of this queue to the outbox directory, and remove them here. Returns how many."""
-        if self.parent is None:
-            raise ValueError(self.path)
-        names = self.batch_names()
-        for name in names:
-            with contextlib.suppress(FileExistsError):
-                self.filesystem.link(self.path_of(name), self.parent.path_of(name))
-        self.filesystem.sync_directory(self.parent.path)
-        for name in names:
-            self.remove(name)
-        return len(names)
 
     def disk_usage(self) -> DiskUsage:
         """List the directory and its queues once, and add up their files. Opens no file."""

@@ -1,8 +1,10 @@
 """The ledger of a directory: `ledger.ndjson`, with an entry for each batch that is sealed, delivered, evicted or repaired.
 
 An entry is a line like a record's, with a checksum. Entries are keyed by batch id, so that an entry that was written twice
-counts once. Recovery does not need the ledger: without it only the history is lost. It is appended to under a lock of its own,
-for which no thread waits; while the lock is held or the disk fails, entries wait in memory. `reconciliation.py` adds them up.
+counts once. Recovery does not need the ledger: without it only the history is lost. It is appended to under a lock of its own.
+While another process holds the lock or the disk fails, entries wait in memory; callers of `enqueue` never wait for them. Who is
+about to delete a file must know which of the two it is (`LedgerWrite`): it waits for a lock, because the entry can be written
+once that is released, but not for a full disk, which may be full until the file is deleted. `reconciliation.py` adds them up.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from enum import Enum
 from typing import TYPE_CHECKING, Final
 
-from pillarbox.errors import FileUnusableError
+from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import (
     LedgerEntry,
@@ -23,6 +26,8 @@ from pillarbox.store.ledger_entries import (
 from pillarbox.store.reconciliation import compact_entries
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory
 
@@ -32,6 +37,19 @@ COMPACT_BYTES: Final = 4 * 2**20  # bytes beyond which finished batches are summ
 _BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; entries beyond it are lost, and counted
 _LOCK_TRIES: Final = 1000  # the lock is held for microseconds, except during compaction
 _LOCK_PAUSE_S: Final = 0.001
+_LOCKED_OUT_S: Final = 1.0  # a lock that is held so long is reported
+LOCKED_PROBLEM: Final = "another process holds ledger.lock; delivered batches wait for it, to be counted"
+
+
+class LedgerWrite(Enum):
+    """What became of a write of ledger entries. True if everything is written."""
+
+    WRITTEN = "written"
+    LOCKED = "locked"  # another process holds `ledger.lock`: wait
+    REFUSED = "refused"  # by the disk, or the file cannot be used: waiting may not help
+
+    def __bool__(self) -> bool:
+        return self is LedgerWrite.WRITTEN
 
 
 class LedgerWriter:
@@ -46,7 +64,15 @@ class LedgerWriter:
         self._unsynced = False  # entries were appended and not synced
         self._write_lock = threading.Lock()
         self._compact_at_bytes = COMPACT_BYTES
-        self._logged_problem = ""
+        self._lock_missed_at_s: float | None = None  # monotonic seconds; since then another process has held the lock
+        self._waited_in_vain = False  # for the lock; not again until it is released
+        self._problem_since_s = 0.0
+        self.problem = ""  # why entries wait in memory, once that was logged
+
+    @property
+    def unwritten_entries(self) -> int:
+        """The number of entries that wait in memory, or were lost there."""
+        return len(self._buffer) + self._lost
 
     def add(self, *entries: LedgerEntry) -> None:
         """Buffer entries for the next `write`."""
@@ -55,46 +81,82 @@ class LedgerWriter:
             self._buffer.extend(entries[:room])
             self._lost += len(entries[room:])
 
-    def write(self, *, sync: bool) -> bool:
-        """Append the buffered entries; with `sync`, also make everything that was appended durable. Never raises `OSError`.
+    def withdraw(self, entries: Iterable[LedgerEntry]) -> None:
+        """Take entries back that were not written: what they say will not be done now."""
+        withdrawn = set(map(id, entries))
+        with self._write_lock, self._buffer_lock:
+            self._buffer = deque(entry for entry in self._buffer if id(entry) not in withdrawn)
 
-        Returns False if something is left to write. Without `sync` it never waits.
+    def write(self, *, sync: bool) -> LedgerWrite:
+        """Append the buffered entries; with `sync`, everything that was appended is durable then. Never raises `OSError`.
+
+        Without `sync` it never waits. With it, it waits about a second for a lock, and not again until that is released.
         """
         if not self._write_lock.acquire(blocking=sync):
-            return False
+            return LedgerWrite.LOCKED  # another thread of this process is writing
         try:
             return self._write(sync=sync)
         finally:
             self._write_lock.release()
 
-    def _write(self, *, sync: bool) -> bool:
+    def write_or_raise(self) -> None:
+        """Append the buffered entries durably. Raises `DirectoryUnusableError` if that is impossible."""
+        outcome = self.write(sync=True)
+        if outcome is LedgerWrite.LOCKED:
+            problem, remedy = "its ledger.lock is held by another process", "let that process go on or end, and try again"
+            raise DirectoryUnusableError(self._directory.path, problem, remedy)
+        if not outcome:
+            raise DirectoryUnusableError(self._directory.path, "its ledger cannot be written", "free disk space and try again")
+
+    def finish(self) -> int:
+        """At the end of the process: write what still waits in memory. Returns the number of entries that cannot be written."""
+        self._waited_in_vain = False  # wait for the lock once more
+        if self.unwritten_entries and not self.write(sync=True):
+            entries = "1 ledger entry is" if self.unwritten_entries == 1 else f"{self.unwritten_entries} ledger entries are"
+            text = "%s: this process ends and %s lost, so that pillarbox verify may not balance: %s"
+            log.error(text, self._directory.path, entries, self.problem)
+        return self.unwritten_entries
+
+    def _write(self, *, sync: bool) -> LedgerWrite:
         with self._buffer_lock:
             if self._lost and len(self._buffer) < _BUFFER_ENTRIES_MAX:
                 lost, self._lost = self._lost, 0
                 self._buffer.append(LostEntry(self._clock.micros(), lost))
         # Another thread may have appended the caller's entries without a sync.
         if not self._buffer and not (sync and self._unsynced):
-            return True
+            return LedgerWrite.WRITTEN
         try:
-            written = self._append(sync=sync)
+            is_written = self._append(sync=sync)
         except (OSError, FileUnusableError) as error:
-            self._log_state_change(str(error))
-            return False
-        if written:
-            self._log_state_change("")
-        return written and not self._buffer
+            self._log_state_change(f"the ledger could not be written; its entries wait in memory: {error}")
+            return LedgerWrite.REFUSED
+        if not is_written:
+            self._note_locked()
+            return LedgerWrite.LOCKED
+        self._lock_missed_at_s, self._waited_in_vain = None, False
+        self._log_state_change("")
+        return LedgerWrite.WRITTEN
+
+    def _note_locked(self) -> None:
+        """Report a lock that another process holds for more than a moment."""
+        now_s = self._clock.monotonic()
+        if self._lock_missed_at_s is None:
+            self._lock_missed_at_s = now_s
+        if self._waited_in_vain or now_s - self._lock_missed_at_s >= _LOCKED_OUT_S:
+            self._log_state_change(LOCKED_PROBLEM)
 
     def _append(self, *, sync: bool) -> bool:
         """Append the buffer. False if another process holds the lock."""
         if self._append_fast(sync=sync):
             return True
         lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
-        for _ in range(_LOCK_TRIES if sync else 0):
+        for _ in range(_LOCK_TRIES if sync and not self._waited_in_vain else 0):
             if lock is not None:
                 break
             threading.Event().wait(_LOCK_PAUSE_S)
             lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
         if lock is None:
+            self._waited_in_vain |= sync
             return False
         filesystem = self._directory.filesystem
         try:
@@ -193,8 +255,13 @@ class LedgerWriter:
         self._compact_at_bytes = max(COMPACT_BYTES, 2 * len(lines))
 
     def _log_state_change(self, problem: str) -> None:
-        if problem and not self._logged_problem:
-            log.error("%s: the ledger could not be written; its entries wait in memory: %s", self._directory.path, problem)
-        elif self._logged_problem and not problem:
-            log.info("%s: the ledger is written again", self._directory.path)
-        self._logged_problem = problem
+        """Log when entries begin to wait, and, at the same level, when they wait no longer."""
+        if bool(problem) != bool(self.problem):
+            now_s = self._clock.monotonic()
+            if problem:
+                self._problem_since_s = now_s
+                log.error("%s: %s", self._directory.path, problem)
+            else:
+                seconds = now_s - self._problem_since_s
+                log.error("%s: the ledger is written again, after %.0f s", self._directory.path, seconds)
+        self.problem = problem

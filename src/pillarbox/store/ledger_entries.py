@@ -70,6 +70,13 @@ class QueueRenamedEntry(_LedgerEntry, frozen=True, tag="renamed"):
     to: str
 
 
+class ReturnedEntry(_LedgerEntry, frozen=True, tag="returned"):
+    """A batch went back from a queue that was removed to the outbox directory: what `shared` said before counts no longer."""
+
+    batch: str
+    events: int | None  # good records; None if its file is damaged
+
+
 class EvictedEntry(_LedgerEntry, frozen=True, tag="evicted"):
     """A batch was evicted for newer events."""
 
@@ -105,6 +112,14 @@ class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
     batch: str
     kind: PurgedKind
     events: int
+
+
+class DroppedEntry(_LedgerEntry, frozen=True, tag="dropped"):
+    """So many more events were dropped in one process. They were never accepted, so no other count includes them."""
+
+    writer: str
+    reason: str  # a `DropReason`
+    events: int  # since this writer's last entry for the reason
 
 
 class LostEntry(_LedgerEntry, frozen=True, tag="lost"):
@@ -159,20 +174,24 @@ class SummaryEntry(_LedgerEntry, frozen=True, tag="sum"):
     wrong: int = 0  # events missing or extra in these batches
     resent: int = 0  # redelivered on request
     shared: dict[str, int] = {}  # events fanned out, by sink
+    dropped: dict[str, int] = {}  # events dropped, by reason
+    dropped_at: dict[str, int] = {}  # when the last of them were, microseconds since 1970, by reason
 
 
-BATCH_ENTRIES: Final = (SealedEntry, AdoptedEntry, SettledEntry, RedeliveredEntry, FannedOutEntry, EvictedEntry)
+BATCH_ENTRIES: Final = (SealedEntry, AdoptedEntry, SettledEntry, RedeliveredEntry, FannedOutEntry, ReturnedEntry, EvictedEntry)
 LedgerEntry = (
     SealedEntry
     | AdoptedEntry
     | SettledEntry
     | FannedOutEntry
+    | ReturnedEntry
     | QueueRenamedEntry
     | EvictedEntry
     | ReplayedEntry
     | RepairedEntry
     | RedeliveredEntry
     | PurgedEntry
+    | DroppedEntry
     | LostEntry
     | SummaryEntry
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
 from pillarbox.store.filesystem import concerns_one_file
-from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.ledger import LedgerWrite, LedgerWriter
 from pillarbox.store.ledger_entries import EvictedEntry
 from pillarbox.store.retention import evict_delivered
 
@@ -261,18 +261,22 @@ class QuotaEnforcer:
             self._directory.filesystem.close(locked.fd)
 
     def _remove_candidates(self, candidates: list[_EvictionCandidate], directories: Sequence[Directory]) -> None:
-        """Write the ledgers' entries, then remove the batches. If there is no room for the entries, remove them anyway."""
+        """Write the ledgers' entries, then remove the batches. If there is no room for the entries, remove them anyway.
+
+        While another process holds a ledger's lock, nothing is removed. Raises `BlockingIOError` then.
+        """
         now = self._clock.micros()
         for directory in directories if candidates and self._ledger is not None else ():
             ledger = self._ledger_of(directory)
-            ledger.add(
-                *(
-                    EvictedEntry(now, layout.batch_id(candidate.name), candidate.events)
-                    for candidate in candidates
-                    if directory in candidate.directories
-                )
-            )
-            ledger.write(sync=True)
+            entries = [
+                EvictedEntry(now, layout.batch_id(candidate.name), candidate.events)
+                for candidate in candidates
+                if directory in candidate.directories
+            ]
+            ledger.add(*entries)
+            if ledger.write(sync=True) is LedgerWrite.LOCKED:
+                ledger.withdraw(entries)
+                raise BlockingIOError(f"{directory.path}: nothing can be evicted: another process holds ledger.lock")
         while candidates:
             candidate = candidates.pop(0)
             try:

@@ -27,6 +27,7 @@ from pillarbox.store.ledger_entries import (
     REDELIVERY_WRITER,
     UNKNOWN_WRITER,
     AdoptedEntry,
+    DroppedEntry,
     EvictedEntry,
     FannedOutEntry,
     LedgerEntry,
@@ -37,6 +38,7 @@ from pillarbox.store.ledger_entries import (
     RedeliveredEntry,
     RepairedEntry,
     ReplayedEntry,
+    ReturnedEntry,
     SealedEntry,
     SettledEntry,
     SummaryEntry,
@@ -72,7 +74,11 @@ class Discrepancy(msgspec.Struct, frozen=True):
 
 
 class _BatchEntries:
-    """The entries of a batch."""
+    """The entries of a batch.
+
+    A batch that was finished may come back, whole or damaged, where its deletion was lost with the power; then there are two
+    entries of a kind. The one with more events counts, because what it counts has happened.
+    """
 
     def __init__(self) -> None:
         self.writer = UNKNOWN_WRITER
@@ -82,6 +88,7 @@ class _BatchEntries:
         self.fanned_out: FannedOutEntry | None = None
         self.evicted: int | None = None
         self.redelivered = 0
+        self._settlements: set[SettledEntry] = set()
 
     @property
     def is_over(self) -> bool:
@@ -90,19 +97,38 @@ class _BatchEntries:
     def add_entry(self, entry: LedgerEntry) -> None:
         match entry:
             case SealedEntry(writer=writer, events=events):
-                self.writer, self.writer_count, self.is_sealed = writer, events, True
+                self._set_writer(writer, events)
             case AdoptedEntry(writer=writer):
                 self.writer, self.is_sealed = writer if not self.is_sealed else self.writer, True
             case RedeliveredEntry(events=events):
-                self.writer, self.writer_count, self.is_sealed = REDELIVERY_WRITER, events, True
+                self._set_writer(REDELIVERY_WRITER, events)
             case SettledEntry():
-                if self.settled is not None and self.settled != entry:
-                    self.redelivered += entry.delivered
-                self.settled = entry
+                self._add_settlement(entry)
             case FannedOutEntry():
+                before = self.fanned_out
+                if before is not None and before.events > entry.events:
+                    entry = msgspec.structs.replace(entry, events=before.events, spans=before.spans)
                 self.fanned_out = entry
+            case ReturnedEntry():
+                self.fanned_out = None
             case EvictedEntry(events=events):
-                self.evicted = events
+                self.evicted = max(events, self.evicted or 0)
+
+    def _set_writer(self, writer: str, events: int | None) -> None:
+        known = [count for count in (self.writer_count, events) if count is not None]
+        self.writer, self.writer_count, self.is_sealed = writer, max(known, default=None), True
+
+    def _add_settlement(self, entry: SettledEntry) -> None:
+        if entry in self._settlements:
+            return  # written again after an error of the disk
+        self._settlements.add(entry)
+        other = self.settled
+        if other is None:
+            self.settled = entry
+            return
+        if entry.delivered + entry.dead >= other.delivered + other.dead:
+            self.settled = entry
+        self.redelivered += min(other.delivered, entry.delivered)
 
     def to_row(self, counts: FileCounts | None) -> tuple[LedgerRow, Discrepancy | None]:
         """The counts of the batch, and what is wrong with them. `counts` is None if its file is gone."""
@@ -168,6 +194,8 @@ class Reconciliation(msgspec.Struct, kw_only=True):
     fanned_out: dict[str, int] = {}  # events fanned out, by sink; the least number where damage makes a count unknown
     earlier_discrepancy: int = 0  # events missing or extra in batches that the ledger has summed up
     discrepancies: list[Discrepancy]  # batches whose counts differ
+    dropped: dict[str, int] = {}  # events that `enqueue` did not store, by reason; in no other count
+    dropped_at: dict[str, int] = {}  # when the last of them were, microseconds since 1970, by reason
 
     @property
     def balances(self) -> bool:
@@ -177,18 +205,21 @@ class Reconciliation(msgspec.Struct, kw_only=True):
         return within and not (self.discrepancies or self.earlier_discrepancy or self.dead_missing)
 
 
-class _LedgerFold:
-    """Adds up entries."""
+class LedgerFold:
+    """Adds up entries, in the order in which they were written."""
 
     def __init__(self, entries: Iterable[LedgerEntry]) -> None:
         self.batches: dict[str, _BatchEntries] = {}
         self.redelivered: dict[str, int] = {}  # events by batch id; "" for batches that are summed up
         self.rows: dict[str, LedgerRow] = {}
         self.fanned_out: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
+        self.dropped_at: dict[str, int] = {}
+        self._returned: dict[str, SealedEntry] = {}  # returned batches that were summed up before: what stands for their entry
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
         seen: set[LedgerEntry] = set()
         for entry in entries:
-            if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry)):
+            if isinstance(entry, (ReplayedEntry, RepairedEntry, PurgedEntry, DroppedEntry)):
                 if entry in seen:
                     continue  # the entry was written again after a disk error
                 seen.add(entry)
@@ -197,24 +228,19 @@ class _LedgerFold:
     def _add_entry(self, entry: LedgerEntry) -> None:
         match entry:
             case SummaryEntry():
-                for row in entry.rows:
-                    self.add_row(row)
-                self.replayed += entry.replayed
-                self.repaired += entry.repaired
-                self.purged_dead += entry.purged_dead
-                self.purged_quarantine += entry.purged_quarantine
-                self.lost += entry.lost
-                self.discrepancy += entry.wrong
-                self.redelivered[""] = self.redelivered.get("", 0) + entry.resent
-                for sink, events in entry.shared.items():
-                    self._add_fanned_out(sink, events)
+                self._add_summary(entry)
             case ReplayedEntry(events=events):
                 self.replayed += events
             case RepairedEntry(events=events):
                 self.repaired += events
-            case PurgedEntry(kind=kind, events=events):
-                self.purged_dead += events if kind == "dead" else 0
-                self.purged_quarantine += events if kind == "quarantine" else 0
+            case PurgedEntry(kind="dead", events=events):
+                self.purged_dead += events
+            case PurgedEntry(events=events):
+                self.purged_quarantine += events
+            case DroppedEntry(at_micros=at_micros, reason=reason, events=events):
+                self._add_dropped(reason, events, at_micros)
+            case ReturnedEntry(batch=batch) if batch not in self.batches:
+                self._take_out_of_sums(entry)
             case LostEntry(entries=lost):
                 self.lost += lost
             case QueueRenamedEntry(sink=sink, to=to):
@@ -223,6 +249,47 @@ class _LedgerFold:
                 if isinstance(entry, RedeliveredEntry):
                     self.redelivered[entry.batch] = entry.events
                 self.batches.setdefault(entry.batch, _BatchEntries()).add_entry(entry)
+
+    def _add_summary(self, entry: SummaryEntry) -> None:
+        for row in entry.rows:
+            self.add_row(row)
+        self.replayed += entry.replayed
+        self.repaired += entry.repaired
+        self.purged_dead += entry.purged_dead
+        self.purged_quarantine += entry.purged_quarantine
+        self.lost += entry.lost
+        self.discrepancy += entry.wrong
+        self.redelivered[""] = self.redelivered.get("", 0) + entry.resent
+        for sink, events in entry.shared.items():
+            self._add_fanned_out(sink, events)
+        for reason, events in entry.dropped.items():
+            self._add_dropped(reason, events, entry.dropped_at.get(reason, 0))
+
+    def may_be_fanned_out(self, batch: str) -> bool:
+        """Whether a batch was fanned out and not returned since, by the entries; true also where they say nothing of it."""
+        life = self.batches.get(batch)
+        return life is None or life.fanned_out is not None
+
+    def _take_out_of_sums(self, entry: ReturnedEntry) -> None:
+        """A batch waits again that was summed up as fanned out: count it by itself."""
+        life = self.batches[entry.batch] = _BatchEntries()
+        events = entry.events or 0
+        row = next((row for row in self.rows.values() if events and row.shared >= events), None)
+        if row is None:
+            return
+        for field in ("accepted", "accepted_max", "shared", "shared_max"):
+            setattr(row, field, getattr(row, field) - events)
+        self._returned[entry.batch] = SealedEntry(entry.at_micros, entry.batch, row.writer, events, 0)
+        life.add_entry(self._returned[entry.batch])
+
+    def compacted_entry(self, entry: LedgerEntry) -> LedgerEntry:
+        """What is written in place of an entry of a batch that is not summed up."""
+        match entry:
+            case FannedOutEntry(batch=batch):
+                return self.batches[batch].fanned_out or entry  # queues may have been renamed since
+            case ReturnedEntry(batch=batch):
+                return self._returned.get(batch, entry)
+        return entry
 
     def add_batch(self, batch: _BatchEntries, counts: FileCounts | None) -> Discrepancy | None:
         """Add the counts of a batch. Returns what is wrong with them."""
@@ -249,6 +316,10 @@ class _LedgerFold:
     def _add_fanned_out(self, sink: str, events: int) -> None:
         self.fanned_out[sink] = self.fanned_out.get(sink, 0) + events
 
+    def _add_dropped(self, reason: str, events: int, at_micros: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + events
+        self.dropped_at[reason] = max(at_micros, self.dropped_at.get(reason, 0))
+
     def add_row(self, row: LedgerRow) -> None:
         """Add a row to the row of its writer."""
         self.rows.setdefault(row.writer, LedgerRow(writer=row.writer)).add(row)
@@ -259,7 +330,7 @@ def compact_entries(entries: list[LedgerEntry], present: AbstractSet[str], now_m
 
     Keeps the entries of batches that are present or unfinished, and of the last finished ones.
     """
-    fold = _LedgerFold(entries)
+    fold = LedgerFold(entries)
     over = [batch for batch, life in fold.batches.items() if life.is_over and batch not in present]
     summed = set(over[: max(0, len(over) - RECENT_BATCHES_MAX)])
     for batch in over[: len(summed)]:
@@ -283,13 +354,11 @@ def compact_entries(entries: list[LedgerEntry], present: AbstractSet[str], now_m
         fold.discrepancy,
         sum(events for batch, events in fold.redelivered.items() if not batch or batch in summed),
         fold.fanned_out,
+        fold.dropped,
+        fold.dropped_at,
     )
     remaining = [entry for entry in entries if isinstance(entry, BATCH_ENTRIES) and entry.batch not in summed]
-    # Queues may have been renamed since.
-    return [
-        first,
-        *(fold.batches[entry.batch].fanned_out or entry if isinstance(entry, FannedOutEntry) else entry for entry in remaining),
-    ]
+    return [first, *map(fold.compacted_entry, remaining)]
 
 
 def reconcile_entries(
@@ -303,7 +372,7 @@ def reconcile_entries(
 
     Batches in `ignored` appeared during the scan. `dead_on_disk` is the number of dead letters on disk.
     """
-    fold = _LedgerFold(entries)
+    fold = LedgerFold(entries)
     wrong: list[Discrepancy] = []
     for batch, life in fold.batches.items():
         if batch in ignored and not life.is_over and batch not in sealed:
@@ -336,6 +405,8 @@ def reconcile_entries(
         fanned_out=fold.fanned_out,
         earlier_discrepancy=fold.discrepancy,
         discrepancies=wrong,
+        dropped=fold.dropped,
+        dropped_at=fold.dropped_at,
     )
 
 

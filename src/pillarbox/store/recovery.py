@@ -10,6 +10,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
+from pillarbox.store.queue_changes import finish_removals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,9 +77,12 @@ class AdoptedFile(NamedTuple):
 def recover(directory: Directory) -> list[AdoptedFile]:
     """Recover the files of dead writers: seal segments with events; remove empty ones, stale temporary files and stale copies.
 
+    Also completes the removal of queues, whose hard links may belong to batches that are pending here.
+
     Only one thread recovers at a time; when this returns, the segments that another thread was recovering are sealed too.
     """
     with directory.recovery_lock:
+        finish_removals(directory)
         return _recover(directory)
 
 

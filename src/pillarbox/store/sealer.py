@@ -132,6 +132,7 @@ class Sealer:
         self._thread: threading.Thread | None = None
         self._start_gate = _StartGate()
         self._stopping = False
+        self._ledger_behind = False  # the last write left entries in memory
         self._unrecorded: list[SealedEntry] = []  # sealed files whose names are not durable yet
         self._pace = 0.0  # seconds for which the next wait lets segments accumulate
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
@@ -242,6 +243,9 @@ class Sealer:
         self._log_disk_state(problem)
         self._log_drops()
         self._call_on_drops()
+        if self._ledger_behind:
+            self._write_ledger()
+            wait = min(wait, _RETRY_S)
         return wait
 
     def _create_spares(self, count: int) -> str:
@@ -366,7 +370,7 @@ class Sealer:
 
     def _write_ledger(self) -> None:
         if self._ledger is not None:
-            self._ledger.write(sync=False)
+            self._ledger_behind = not self._ledger.write(sync=False)
 
     def _sync_segments(self, files: Sequence[Segment]) -> None:
         for at in range(0, len(files), self._sync_at_once):

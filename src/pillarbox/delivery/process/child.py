@@ -74,17 +74,17 @@ def main(descriptor: int) -> None:
     sys.path[:] = setup.sys_path
     channel = ParentChannel(connection, setup.log_level)
     try:
-        runner, reporter = _build_delivery(setup, channel)
+        runner, reporter, ledger = _build_delivery(setup, channel)
     except Exception as error:  # noqa: BLE001 - importing somebody's module may raise anything
         text = str(error) if isinstance(error, PillarboxError) else f"{type(error).__name__}: {error}"
         channel.send_message(ChildFailed(text))
         return
     channel.send_message(ChildReady())
-    _obey_orders(lines, runner, reporter)
+    _obey_orders(lines, runner, reporter, ledger)
 
 
-def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, StatsReporter]:
-    """Build the runner of the settings, and what reports its stats. Raises what the settings or the directory raise."""
+def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, StatsReporter, LedgerWriter]:
+    """Build the runner of the settings, what reports its stats, and its ledger. Raises what settings and directory raise."""
     settings = decode_settings(setup.settings)
     clock = SystemClock()
     directory = directory_at(settings.directory, local_filesystem(), clock)
@@ -95,10 +95,10 @@ def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, 
     callbacks = DeliveryCallbacks(events.released_bytes.append, events.add_duration, hooks.report_dead_letter)
     ledger = LedgerWriter(directory, clock)
     runner = build_local_runner(settings, directory, clock, ledger, callbacks, build_sinks(settings, {}))
-    return runner, StatsReporter(channel, runner, hooks, events, clock)
+    return runner, StatsReporter(channel, runner, hooks, events, clock), ledger
 
 
-def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter) -> None:
+def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter, ledger: LedgerWriter) -> None:
     """Start and stop delivery on the parent's orders. A notification does not wait for a stop that is under way."""
     orders: SimpleQueue[bytes] = SimpleQueue()
 
@@ -118,6 +118,7 @@ def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter
             reporter.start_reporting()
         elif order.startswith(STOP):
             runner.stop(float(order.removeprefix(STOP)))
+            ledger.finish()
             reporter.finish_reporting()
             return
 
