@@ -57,6 +57,32 @@ def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path
     assert stats.accepted == len(accepted)
 
 
+def test_a_suspended_process_that_holds_the_lock_for_eviction_does_not_stop_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise all others would drop every event, without a word, for as long as that process is suspended."""
+    folder, stored_after = tmp_path / "outbox", 0
+    with Outbox(str(folder), when_full="drop_oldest", max_bytes=100 * LINE_BYTES, flush_interval=0.02) as outbox:
+        assert outbox.enqueue(event(0))
+        holder = Directory(str(folder), OsFilesystem(), SystemClock())
+        lock = holder.acquire_lock_file(layout.EVICT_LOCK)
+        assert lock is not None
+        numbers = iter(range(1, 10**6))
+
+        def is_evicting() -> bool:
+            nonlocal stored_after
+            stored = outbox.enqueue(event(next(numbers)))
+            stored_after += bool(stored) and outbox.stats().evicted > 0
+            return stored_after > 300
+
+        wait_until(is_evicting)
+        assert "evicting without evict.lock" in caplog.text
+        assert "may be suspended" in caplog.text
+        holder.filesystem.close(lock.fd)
+        wait_until(lambda: is_evicting() and "evict.lock can be locked again" in caplog.text)
+    assert caplog.text.count("evicting without") == 1
+
+
 def test_a_batch_that_is_being_delivered_is_not_evicted(outbox_dir: Directory, clock: ManualClock) -> None:
     """The delivery holds its lock; the next batch is evicted."""
     for number in range(3):

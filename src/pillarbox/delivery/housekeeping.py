@@ -13,12 +13,34 @@ from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S
 from pillarbox.delivery.settlement import GROUP_S
 
 if TYPE_CHECKING:
+    from pillarbox.clock import Clock
     from pillarbox.delivery.compactor import Compactor
     from pillarbox.delivery.context import DeliveryContext
     from pillarbox.delivery.fetcher import Fetcher
     from pillarbox.delivery.settlement import Settler
 
+_LATENESS_MAX_S: Final = 1.0  # of a timer, on a busy machine
 _COMPACT_MIN_PAUSE_S: Final = 0.1  # a shorter pause is not used to compress
+
+
+class StallMeter:
+    """How long this process itself stood still: it was suspended, or its event loop was held up.
+
+    Whoever waits calls `tick` at least once in `HEARTBEAT_INTERVAL_S`. A longer pause is a stall, apart from a little lateness.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._ticked_at = clock.monotonic()
+        self._total_s = 0.0
+
+    def tick(self) -> float:
+        """Note that the loop runs. Returns the seconds of all stalls so far."""
+        now = self._clock.monotonic()
+        paused_s, self._ticked_at = now - self._ticked_at, now
+        if paused_s > HEARTBEAT_INTERVAL_S + _LATENESS_MAX_S:
+            self._total_s += paused_s - HEARTBEAT_INTERVAL_S
+        return self._total_s
 
 
 class Housekeeping:
@@ -32,10 +54,12 @@ class Housekeeping:
         self._fetcher = fetcher
         self._compactor = compactor
         self.end = asyncio.Event()
+        self.stalls = StallMeter(context.clock)
 
     def start_loop(self) -> None:
         """Reset the state for the event loop that runs now."""
         self.end = asyncio.Event()
+        self.stalls = StallMeter(self._clock)
 
     async def wait(self, seconds: float, until: asyncio.Event | None = None) -> bool:
         """Wait for `seconds` or for an event, and do the housekeeping that is due meanwhile.
@@ -47,6 +71,7 @@ class Housekeeping:
         until = until or self.end
         deadline = self._clock.monotonic() + seconds
         while not until.is_set() and not self.end.is_set() and (left := deadline - self._clock.monotonic()) > 0:
+            self.stalls.tick()
             if left < GROUP_S:
                 self._settler.flush_if_due()
             else:
@@ -64,6 +89,7 @@ class Housekeeping:
 
     def during_call(self) -> None:
         """While a request is in flight: settle due batches, and read and prepare the next request."""
+        self.stalls.tick()
         self._settler.flush_if_due()
         self._status.heartbeat()
         if self._status.state.name in ("waiting", "stopped"):  # this call may hang like the last one
@@ -72,6 +98,7 @@ class Housekeeping:
 
     def while_unconfirmed(self) -> None:
         """While the window of unconfirmed batches is full: settle all confirmed ones."""
+        self.stalls.tick()
         self._settler.flush_group()
         self._status.heartbeat()
 

@@ -174,6 +174,15 @@ class Pacer:
         """Take back a call whose records were all rejected: the search for a bad record must not be slowed down."""
         self._paced_bucket.refund(records)
 
+    def note_stall(self, seconds: float, records: int) -> None:
+        """Take back a call during which this process itself stood still for so long: it was suspended, or its loop held up.
+
+        Whatever came of the call, the destination may have answered at once. The time does not count as an outage either.
+        """
+        self._paced_bucket.refund(records)
+        if self._failing_since is not None:
+            self._failing_since += seconds
+
     def note_drained(self) -> None:
         """Remove the bound, because no batch is pending any more."""
         self._bound = None

@@ -46,6 +46,7 @@ class Sender:
         self._status = context.status
         self._poison_tracker = poison_tracker
         self._housekeeping = housekeeping
+        self._stalled_s = 0.0  # seconds of all stalls that the pacer knows of
         self._not_before = 0.0  # monotonic; no call may begin earlier: the destination asked for it, or is set up wrongly
         self._pacer = Pacer(context.config.pacing, context.config.max_in_flight if self._sink.capabilities.concurrent else 1)
         self._call_order = asyncio.Lock()  # calls begin in the order of their requests
@@ -69,13 +70,15 @@ class Sender:
                 continue
             if not await self._wait_until_due(len(part)):
                 return result
+            self._pacer.note_stall(self._new_stalls_s(), 0)
             began = self._clock.monotonic()
             answer = await self._call_sink(part)
+            stalled_s = self._new_stalls_s()
             result.attempts += 1
             context = self._attempt_context(request, result)
             action = retry.decide(answer, len(part), failures + 1, jitter(), context, self._config)
             self._record_failures(result, answer)
-            self._record_pace(began, answer, len(part))
+            self._record_pace(began, answer, len(part), stalled_s)
             match action:
                 case retry.PartDone(accepted, duplicates, dead):
                     self._record_part(request, result, part, accepted, duplicates, dead)
@@ -117,7 +120,8 @@ class Sender:
     def note_unreachable(self) -> None:
         """Slow down, because nothing can be sent for a reason that no call has shown."""
         now = self._clock.monotonic()
-        self._pacer.note_failure(now, now)
+        if self._sink.capabilities.is_shared:
+            self._pacer.note_failure(now, now)
         self._report_pace()
 
     def note_drained(self) -> None:
@@ -134,14 +138,23 @@ class Sender:
         if result.failing_since is None:
             result.failing_since = self._clock.monotonic()
 
-    def _record_pace(self, began: float, answer: DeliveryResult, records: int) -> None:
-        if isinstance(answer, (Retry, Misconfigured)):
-            self._pacer.note_failure(began, self._clock.monotonic(), records)
+    def _record_pace(self, began: float, answer: DeliveryResult, records: int, stalled_s: float) -> None:
+        """Learn from a call how fast the destination is. A call during which this process stood still tells nothing of that."""
+        if stalled_s:
+            self._pacer.note_stall(stalled_s, records)
+        elif isinstance(answer, (Retry, Misconfigured)):
+            if self._sink.capabilities.is_shared:
+                self._pacer.note_failure(began, self._clock.monotonic(), records)
         elif not isinstance(answer, Rejected) and answer.accepted:
             self._pacer.note_accepted(began, self._clock.monotonic(), records)
         else:
             self._pacer.note_rejection(records)
         self._report_pace()
+
+    def _new_stalls_s(self) -> float:
+        """How long this process stood still since this was last asked."""
+        before, self._stalled_s = self._stalled_s, self._housekeeping.stalls.tick()
+        return max(0.0, self._stalled_s - before)
 
     def _report_pace(self) -> None:
         self._counters.rate = rate = self._pacer.rate

@@ -43,6 +43,7 @@ class SinkCapabilities(NamedTuple):
     combines_files: bool = False  # whether one batch may hold the records of several files; only with event_id deduplication
     records_max: int | None = None  # records in one batch; a larger batch is halved before it is sent
     bytes_max: int | None = None  # bytes of the records' JSON in one batch; a larger batch is halved before it is sent
+    is_shared: bool = True  # whether other clients use the destination; if so, delivery continues slowly after a failure
 
 
 def _no_yield() -> None:

@@ -57,7 +57,7 @@ _TRANSIENT_CODES: Final = frozenset(
 class SqliteSink:
     """Inserts batches into one table of an SQLite database."""
 
-    capabilities = SinkCapabilities(deduplicates_by="event_id", survives="power", combines_files=True)
+    capabilities = SinkCapabilities(deduplicates_by="event_id", survives="power", combines_files=True, is_shared=False)
 
     def __init__(self, url: str, event_type: type[msgspec.Struct]) -> None:
         advice = "use sqlite:///relative/path.db or sqlite:////absolute/path.db, with ?table=NAME as the only option"

@@ -39,6 +39,7 @@ SLACK_SHARE: Final = 8
 # Share of the limit that a segment may have at most with eviction, because whole files are evicted.
 FILE_SHARE: Final = 16
 _COUNT_BYTES: Final = 1 << 20  # bytes of a file in memory at a time while its events are counted
+_EVICT_LOCK_WAIT_S: Final = 2.0  # for a process that evicts; it holds the lock for milliseconds
 _EVICT_AT_ONCE_MAX: Final = 32  # files evicted at a time: each holds a descriptor, and they share one sync of the ledger
 
 
@@ -79,6 +80,8 @@ class QuotaEnforcer:
         self._drops_for_space = 0
         self._appended_at_check = 0  # bytes that this process had appended at the last check of the free space
         self._evicting = False
+        self._evict_blocked_since: float | None = None  # monotonic time since which the lock could not be acquired
+        self._evicts_without_lock = False
         self._unremovable: set[str] = set()  # files that could not be deleted, which are tried last
         self._recheck_after_bytes = 1  # check again after so many appended bytes
         self._evicted_delivered = False  # retained files, at the last check of the free space
@@ -95,7 +98,7 @@ class QuotaEnforcer:
         wait = min(wait, self.check_free_space(in_need=in_need))
         if self._evicts:
             self._evict(int(in_need and not self._evicted_delivered))
-        return wait
+        return wait if self._evict_blocked_since is None else min(wait, _RECOUNT_FULL_S)
 
     def check_free_space(self, *, in_need: bool = False) -> float:
         """Drop events while the volume has less free space than it must keep. Returns the seconds until the next check.
@@ -167,11 +170,12 @@ class QuotaEnforcer:
         """
         excess_bytes, excess_files = self._excess(least)
         if excess_bytes <= 0 and excess_files <= 0:
+            self._evict_blocked_since = None
             self._log_eviction_end()
             return
         # Only one process evicts, and by a fresh listing: two processes with their own counts would evict twice as much.
-        lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
-        if lock is None:
+        lock, may_evict = self._acquire_evict_lock()
+        if not may_evict:
             return
         candidates: list[_EvictionCandidate] = []
         try:
@@ -197,7 +201,33 @@ class QuotaEnforcer:
         finally:
             for candidate in candidates:  # it was not removed because of an error
                 self._close_candidate(candidate)
-            self._directory.filesystem.close(lock.fd)
+            if lock is not None:
+                self._directory.filesystem.close(lock.fd)
+
+    def _acquire_evict_lock(self) -> tuple[LockedFile | None, bool]:
+        """The lock for eviction, and whether to evict: without the lock only if it could not be acquired for a while.
+
+        A process that holds it may be suspended. Until it continues, all others would drop every event.
+        """
+        problem = "another process holds it and may be suspended"
+        try:
+            lock = self._directory.acquire_lock_file(layout.EVICT_LOCK)
+        except (OSError, FileUnusableError) as error:
+            lock, problem = None, str(error)
+        now = self._clock.monotonic()
+        if lock is not None:
+            if self._evicts_without_lock:
+                log.warning("%s: %s can be locked again", self._directory.path, layout.EVICT_LOCK)
+            self._evict_blocked_since, self._evicts_without_lock = None, False
+            return lock, True
+        if self._evict_blocked_since is None:
+            self._evict_blocked_since = now
+        blocked_s = now - self._evict_blocked_since
+        if blocked_s >= _EVICT_LOCK_WAIT_S and not self._evicts_without_lock:
+            self._evicts_without_lock = True
+            text = "%s: evicting without %s, which could not be locked for %.0f s: %s"
+            log.warning(text, self._directory.path, layout.EVICT_LOCK, blocked_s, problem)
+        return None, self._evicts_without_lock
 
     def _excess(self, least: int) -> tuple[int, int]:
         """The bytes (at least `least`) and files by which the limits, less the slack, are exceeded."""
