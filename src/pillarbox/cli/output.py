@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _READER_TIMEOUT_S: Final = 1.0  # at the end of a command, for a reader that stands still
+_ORDER_TIMEOUT_S: Final = 0.1  # how long a line on standard output waits for earlier ones on standard error
 _BMP_MAX = 0xFFFF  # JSON writes a character beyond it as two
 
 
@@ -36,7 +37,10 @@ class EscapingConsole(Console):
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print texts, escaped, or what rich renders."""
+        """Print texts, escaped, or what rich renders. Earlier lines on standard error come first if somebody reads them."""
+        if not self.stderr:
+            for stream in _queued_streams:
+                stream.drain(_ORDER_TIMEOUT_S)
         super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
 
 
