@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,7 +51,7 @@ class Compactor:
         self._due_names: list[str] = []  # the next one to compress is the last
         self._incompressible: set[str] = set()  # batches that are too large, or do not become smaller
         self._not_before = 0.0
-        self._problem = ""
+        self._state_log = StateLog(clock)
 
     def compress_next(self) -> tuple[bool, float]:
         """Compress the next batch that is due. Logs I/O errors.
@@ -120,6 +121,7 @@ class Compactor:
         return True
 
     def _log_problem(self, problem: str) -> None:
-        if problem and problem != self._problem:
+        if not problem:
+            self._state_log.is_over()
+        elif self._state_log.is_new_problem(problem):
             log.warning("%s: cannot compress waiting batches: %s", self._directory.path, problem)
-        self._problem = problem

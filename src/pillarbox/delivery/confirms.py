@@ -15,6 +15,7 @@ from pillarbox.delivery.lease import HEARTBEAT_INTERVAL_S
 from pillarbox.delivery.sender import describe_error, is_being_cancelled
 from pillarbox.errors import SinkUnusableError
 from pillarbox.sinks.base import Misconfigured, Retry, UnconfirmedError
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from pillarbox.delivery.batch import SentBatch
@@ -45,6 +46,7 @@ class Confirmer:
         self._unconfirmed_files = 0
         self._confirm_task: asyncio.Task[None] | None = None
         self._problem: Misconfigured | Retry | None = None
+        self._state_log = StateLog(context.clock)
         self.failures = 0  # consecutive failed confirmations
 
     def start_loop(self) -> None:
@@ -108,6 +110,8 @@ class Confirmer:
                 if problem is not None:
                     self._drop_group(group, problem)
                     continue
+                if confirmed:
+                    self._state_log.is_over()
                 for sent in group[:confirmed]:
                     self._unconfirmed_files -= sent.file_count
                     self._settler.settle_batch(sent)
@@ -130,7 +134,8 @@ class Confirmer:
         self.failures += 1
         self._problem = problem
         batches = "1 batch was" if len(group) == 1 else f"{len(group)} batches were"
-        log.warning("%s: %s not confirmed and will be sent again: %s", self._sink_name, batches, problem.reason)
+        if self._state_log.is_new_problem(problem.reason):
+            log.warning("%s: %s not confirmed and will be sent again: %s", self._sink_name, batches, problem.reason)
 
     async def _ask_sink(self, group: list[SentBatch]) -> tuple[int, Misconfigured | Retry | None]:
         """Ask how many of these batches, counted from the first, are confirmed; return the number or the problem."""

@@ -34,6 +34,7 @@ from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite, LedgerWriter
 from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
 from pillarbox.store.queue_changes import create_requested_queue, empty_requests, finish_removals, request_queue
 from pillarbox.store.recovery import recover
+from pillarbox.store.state_log import StateLog
 from pillarbox.store.windows import count_records
 
 if TYPE_CHECKING:
@@ -288,6 +289,8 @@ class FanOutRunner:
         self._stopping = threading.Event()
         self._fan_out_until = 0.0  # monotonic seconds, once `stop` is called
         self._problem = ""
+        self._defect_log = StateLog(fan_out.clock)
+        self._state_log = StateLog(fan_out.clock)
         self._all_fanned_out = False
         self.unwritten_ledger_entries = 0  # of the queues; known after `stop`
         self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
@@ -388,7 +391,8 @@ class FanOutRunner:
         except (OSError, FileUnusableError, DirectoryUnusableError) as error:
             problem = f"not fanned out: {error}"
         except Exception as error:  # a defect must not end this thread, which would end delivery
-            log.exception("%s: a defect in Pillarbox while fanning out", self._directory.path)
+            if self._defect_log.is_new_problem(f"{type(error).__name__}: {error}"):
+                log.exception("%s: a defect in Pillarbox while fanning out", self._directory.path)
             problem = f"not fanned out: a defect in Pillarbox: {error}"
         self._log_problem(problem)
         self._write_heartbeat()
@@ -437,10 +441,9 @@ class FanOutRunner:
         return ""
 
     def _log_problem(self, problem: str) -> None:
-        if problem == self._problem:
-            return
-        if problem:
-            log.error("%s: %s", self._directory.path, problem)
-        else:
-            log.info("%s: all batches are fanned out again", self._directory.path)
         self._problem = problem
+        if problem:
+            if self._state_log.is_new_problem(problem):
+                log.error("%s: %s", self._directory.path, problem)
+        elif self._state_log.is_over():
+            log.info("%s: all batches are fanned out again", self._directory.path)

@@ -12,9 +12,11 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
+from pillarbox.clock import SystemClock
 from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, read_heartbeat
 from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, State
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,6 +79,7 @@ class ThreadRunner:
         self.worker = worker
         self.unwritten_ledger_entries = 0  # whoever passed the ledger to the worker finishes it
         self._stopping = threading.Event()
+        self._defect_log = StateLog(SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="pillarbox-delivery", daemon=True)
@@ -127,7 +130,8 @@ class ThreadRunner:
             except (asyncio.CancelledError, Exception, SystemExit) as error:
                 if isinstance(error, asyncio.CancelledError) and self._stopping.is_set():
                     return
-                log.exception("delivery failed on a defect in Pillarbox or in a sink; restarting in %g s", _RESTART_S)
+                if self._defect_log.is_new_problem(f"{type(error).__name__}: {error}"):
+                    log.exception("delivery failed on a defect in Pillarbox or in a sink; restarting in %g s", _RESTART_S)
             else:
                 return
             if self._stopping.wait(_RESTART_S):

@@ -22,6 +22,7 @@ from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite
 from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
 from pillarbox.store.retention import Retention
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -126,6 +127,9 @@ class Settler:
         self._in_progress: dict[str, RequiredSpace] = {}
         self._measured_at = -_MEASURE_EVERY_S
         self._measured_full_at = -_MEASURE_WHEN_FULL_S
+        self._sync_log = StateLog(context.clock)
+        self._held_log = StateLog(context.clock)
+        self._discard_log = StateLog(context.clock)
         self._logged_at = -_LOG_EVERY_S
         self._logged_totals = (0, 0)
         self.waits_for_ledger = False  # the group waits until another process releases `ledger.lock`; nothing more is sent
@@ -245,7 +249,10 @@ class Settler:
             self._directory.filesystem.sync_directory(self._directory.path)
         except OSError as error:
             path = self._directory.path
-            log.warning("%s: directory fsync failed (%s); deleted files may reappear after a power loss", path, error)
+            if self._sync_log.is_new_problem(str(error)):
+                log.warning("%s: directory fsync failed (%s); deleted files may reappear after a power loss", path, error)
+        else:
+            self._sync_log.is_over()
 
     # Files that are sent and cannot be settled.
 
@@ -309,7 +316,8 @@ class Settler:
         self._in_progress.pop(delivered.file.batch_id, None)
         delivered.close(self._directory.filesystem)
         self._counters.failed_flushes += 1
-        if self._status.warn(name, problem):
+        self._status.warn(name, problem)
+        if self._held_log.is_new_problem(problem):
             log.error("%s: %s", name, problem)
         self._status.set_healthy("draining")
 
@@ -370,7 +378,9 @@ class Settler:
         reasons = "; ".join(full.values())
         if full and not self._limits.discard_when_full:
             raise QuarantineFullError(reasons, required)
-        if full and self._status.warn(_DISCARD_WARNING, reasons):
+        if full:
+            self._status.warn(_DISCARD_WARNING, reasons)
+        if full and self._discard_log.is_new_problem(reasons):
             log.error("%s: discarding rejected or damaged records for lack of space: %s", required.batch, reasons)
         return set(full)
 

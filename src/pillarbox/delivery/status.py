@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.stats import State, StateName
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -26,6 +27,7 @@ class StatusReporter:
         self._clock = clock
         self._counters = counters
         self._lease = lease
+        self._state_log = StateLog(clock)
         self.state = State("idle")
         self.last_error = ""
         self.pacing_note = ""  # the reason shown in the state `draining` while the rate is limited after a failure
@@ -42,18 +44,21 @@ class StatusReporter:
             self.heartbeat()
             return
         stays_healthy = {before.name, name} <= _HEALTHY_STATES
-        if not stays_healthy:
-            counters = self._counters
-            log.log(
-                _LEVELS.get(name, logging.INFO),
-                "%s: %s (delivered %d, dead letters %d, failed attempts %d)",
-                self._sink_name,
-                self.state,
-                counters.delivered,
-                counters.dead,
-                counters.failed_flushes,
-            )
+        if name not in _HEALTHY_STATES and self._state_log.is_new_problem(f"{name}: {reason}"):
+            self._log_state()
         self.heartbeat(now=not stays_healthy)
+
+    def _log_state(self) -> None:
+        counters = self._counters
+        log.log(
+            _LEVELS.get(self.state.name, logging.INFO),
+            "%s: %s (delivered %d, dead letters %d, failed attempts %d)",
+            self._sink_name,
+            self.state,
+            counters.delivered,
+            counters.dead,
+            counters.failed_flushes,
+        )
 
     def set_healthy(self, name: StateName) -> None:
         """The destination works: enter a healthy state, or `degraded` if there are warnings."""
@@ -77,4 +82,6 @@ class StatusReporter:
 
     def heartbeat(self, *, now: bool = False) -> None:
         """Write the heartbeat, at most once a second unless it must be `now`."""
+        if self.state.name in _HEALTHY_STATES and self._state_log.is_over():
+            self._log_state()
         self._lease.write_heartbeat(self.state, self._counters.delivered, self.last_error, now=now)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from pillarbox.clock import SystemClock
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +78,7 @@ class ScrapeServer:
         self._names = {*_LOCAL_NAMES, host.lower().rstrip("."), socket.gethostname().lower()}
         self._render = render
         self._clock = SystemClock()
+        self._defect_log = StateLog(self._clock)
         self._selector = selectors.DefaultSelector()
         self._connections: dict[socket.socket, _Connection] = {}  # the oldest first
         self._accept_again_at: float | None = None  # monotonic; None while it accepts
@@ -199,8 +201,9 @@ class ScrapeServer:
             return _error("405 Method Not Allowed", "use GET", ("Allow", "GET"))
         try:
             return self._render(parts.query, headers)
-        except Exception:
-            log.exception("the metrics could not be collected")
+        except Exception as error:
+            if self._defect_log.is_new_problem(f"{type(error).__name__}: {error}"):
+                log.exception("the metrics could not be collected")
             return _error("500 Internal Server Error", "the metrics could not be collected")
 
     def _is_own_name(self, host: str, client: socket.socket) -> bool:

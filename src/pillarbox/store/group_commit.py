@@ -22,8 +22,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from pillarbox._native import CommitFuture, encode_record, gather_group, resolve_futures
+from pillarbox.clock import SystemClock
 from pillarbox.forks import check_fork
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     import asyncio
@@ -107,6 +109,7 @@ class GroupCommitter:
         self._directory = directory
         self._writer = writer
         self._lock = writer.lock
+        self._sync_log, self._defect_log = StateLog(SystemClock()), StateLog(SystemClock())
         self._queue: list[_PendingCommit] = []  # any thread appends to it; only the leader takes from its front
         self._queued_bytes = 0  # approximate, because it is counted without a lock; each leader resets it
         self._appending: list[_PendingCommit] = []  # what the leader is appending at this moment
@@ -250,7 +253,10 @@ class GroupCommitter:
             self._pass_leadership()
             self._wake_waiters(woken)
         for error in errors:
-            log.error("%s", error)
+            if self._sync_log.is_new_problem(error):
+                log.error("%s", error)
+        if not errors:
+            self._sync_log.is_over()
 
     def _fail_interrupted_group(self, woken: list[_WaitingThread]) -> None:
         """After the interrupt of a leader: drop the events of which it is unknown whether they were appended."""
@@ -420,8 +426,9 @@ class GroupCommitter:
             while self._has_work() and self._try_to_lead(me):
                 try:
                     self._run_round()
-                except Exception:  # a defect must not end this thread, because coroutines would wait forever
-                    log.exception("%s: a defect in Pillarbox during a group commit", self._directory.path)
+                except Exception as error:  # a defect must not end this thread, because coroutines would wait forever
+                    if self._defect_log.is_new_problem(f"{type(error).__name__}: {error}"):
+                        log.exception("%s: a defect in Pillarbox during a group commit", self._directory.path)
 
 
 def _append_group_of(entries: list[_PendingCommit]) -> _AppendGroup:

@@ -24,6 +24,7 @@ from pillarbox.store.ledger_entries import (
     parse_ledger,
 )
 from pillarbox.store.reconciliation import compact_entries
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -64,6 +65,7 @@ class LedgerWriter:
         self._unsynced = False  # entries were appended and not synced
         self._write_lock = threading.Lock()
         self._compact_at_bytes = COMPACT_BYTES
+        self._state_log = StateLog(clock)
         self._lock_missed_at_s: float | None = None  # monotonic seconds; since then another process has held the lock
         self._waited_in_vain = False  # for the lock; not again until it is released
         self._problem_since_s = 0.0
@@ -256,12 +258,11 @@ class LedgerWriter:
 
     def _log_state_change(self, problem: str) -> None:
         """Log when entries begin to wait, and, at the same level, when they wait no longer."""
-        if bool(problem) != bool(self.problem):
-            now_s = self._clock.monotonic()
-            if problem:
+        now_s = self._clock.monotonic()
+        if problem:
+            if self._state_log.is_new_problem(problem):
                 self._problem_since_s = now_s
                 log.error("%s: %s", self._directory.path, problem)
-            else:
-                seconds = now_s - self._problem_since_s
-                log.error("%s: the ledger is written again, after %.0f s", self._directory.path, seconds)
+        elif self._state_log.is_over():
+            log.error("%s: the ledger is written again, after %.0f s", self._directory.path, now_s - self._problem_since_s)
         self.problem = problem

@@ -14,6 +14,7 @@ from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.ledger import LedgerWrite, LedgerWriter
 from pillarbox.store.ledger_entries import EvictedEntry
 from pillarbox.store.retention import evict_delivered
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +71,8 @@ class QuotaEnforcer:
         self._directory = directory
         self._writer = writer
         self._clock = clock
+        self._retained_log = StateLog(clock)
+        self._eviction_log = StateLog(clock)
         self._min_free_bytes = min_free_bytes
         self._evicts = evicts
         self._ledger = ledger
@@ -79,7 +82,6 @@ class QuotaEnforcer:
         self._appended_at_recount = 0  # bytes that this process had appended at the last listing
         self._drops_for_space = 0
         self._appended_at_check = 0  # bytes that this process had appended at the last check of the free space
-        self._evicting = False
         self._evict_blocked_since: float | None = None  # monotonic time since which the lock could not be acquired
         self._evicts_without_lock = False
         self._unremovable: set[str] = set()  # files that could not be deleted, which are tried last
@@ -134,8 +136,10 @@ class QuotaEnforcer:
 
         try:
             self._evicted_delivered = evict_delivered(self._directory, is_enough) > 0
+            self._retained_log.is_over()
         except OSError as error:
-            log.warning("%s: retained batches could not be deleted: %s", self._directory.path, error)
+            if self._retained_log.is_new_problem(str(error)):
+                log.warning("%s: retained batches could not be deleted: %s", self._directory.path, error)
         return self._space() if self._evicted_delivered else space
 
     def _recount(self) -> float:
@@ -323,8 +327,7 @@ class QuotaEnforcer:
                 self._close_candidate(candidate)
             self.evicted_events += candidate.events
             self._writer.release_bytes(candidate.size)
-            if not self._evicting:
-                self._evicting = True
+            if self._eviction_log.is_new_problem("full"):
                 log.warning("%s: full; evicting the oldest events for new ones", self._directory.path)
 
     def _ledger_of(self, directory: Directory) -> LedgerWriter:
@@ -333,8 +336,7 @@ class QuotaEnforcer:
         return LedgerWriter(directory, self._clock)
 
     def _log_eviction_end(self) -> None:
-        if self._evicting:
-            self._evicting = False
+        if self._eviction_log.is_over():
             log.info("%s: no longer full; events evicted so far: %d", self._directory.path, self.evicted_events)
 
 

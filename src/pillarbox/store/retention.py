@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from pillarbox.store import layout
 from pillarbox.store.dirscan import FileEntry
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +72,7 @@ class Retention:
         self._files: deque[FileEntry] = deque()
         self._bytes = 0
         self._list_at: float | None = None  # monotonic time of the earliest next listing; None before the first
-        self._logged_problems: set[str] = set()  # logged once each, until the operation works again
+        self._state_logs = {problem: StateLog(clock) for problem in (_NOT_RETAINED, _NOT_REMOVED)}
 
     def retain(self, file: LockedFile) -> bool:
         """Retain a delivered file that this process has locked. False if that fails; then the file must be removed."""
@@ -81,7 +82,7 @@ class Retention:
         except OSError as error:
             self._log_once(_NOT_RETAINED, error)
             return False
-        self._logged_problems.discard(_NOT_RETAINED)
+        self._state_logs[_NOT_RETAINED].is_over()
         self._files.append(FileEntry(name, size))
         self._bytes += size
         return True
@@ -111,7 +112,7 @@ class Retention:
                 not_removed.append(file)
         self._files.extendleft(reversed(not_removed))
         if problem is None:
-            self._logged_problems.discard(_NOT_REMOVED)
+            self._state_logs[_NOT_REMOVED].is_over()
         else:
             self._log_once(_NOT_REMOVED, problem)
 
@@ -126,8 +127,7 @@ class Retention:
         self._list_at = now + max(_RELIST_S, _RELIST_SHARE * (now - began))
 
     def _log_once(self, problem: str, error: OSError) -> None:
-        if problem not in self._logged_problems:
-            self._logged_problems.add(problem)
+        if self._state_logs[problem].is_new_problem(str(error)):
             log.warning("%s: %s: %s", self._directory.path, problem, error)
 
 

@@ -19,6 +19,7 @@ from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.recovery import recover
 from pillarbox.store.segment import SealReason
+from pillarbox.store.state_log import StateLog
 from pillarbox.store.writer import RETIRED_MAX
 
 if TYPE_CHECKING:
@@ -143,7 +144,9 @@ class Sealer:
         )  # segments synced in one call; a caller that waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
         self._logged_drops = dict(writer.dropped)
-        self._reasons_dropping: set[str] = set()
+        self._drop_logs: dict[str, StateLog] = {}  # by reason
+        self._disk_log = StateLog(clock)
+        self._sync_log = StateLog(clock)
         self.problem = ""  # problem of the last round; empty if there was none
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
@@ -197,7 +200,8 @@ class Sealer:
             try:
                 wait = self.step()
             except Exception as error:  # a defect must not end this thread, because nothing would be sealed any more
-                if self._set_problem(f"a defect in Pillarbox: {type(error).__name__}: {error}"):
+                self.problem = f"a defect in Pillarbox: {type(error).__name__}: {error}"
+                if self._disk_log.is_new_problem(self.problem):
                     log.exception("%s: a defect in Pillarbox while sealing", self._directory.path)
                 wait = _RETRY_S
             for ticket in tickets:
@@ -374,33 +378,31 @@ class Sealer:
 
     def _sync_segments(self, files: Sequence[Segment]) -> None:
         for at in range(0, len(files), self._sync_at_once):
-            for message in self._writer.syncer.sync_for_seal(files[at : at + self._sync_at_once], self._unsynced_lines):
-                log.error("%s", message)
+            messages = self._writer.syncer.sync_for_seal(files[at : at + self._sync_at_once], self._unsynced_lines)
+            for message in messages:
+                if self._sync_log.is_new_problem(message):
+                    log.error("%s", message)
+            if not messages:
+                self._sync_log.is_over()
 
     def _log_disk_state(self, problem: str) -> None:
         """Log a disk error when it begins, when it changes, and when it ends."""
-        if not self._set_problem(problem):
-            return
+        self.problem = problem
         if problem:
-            log.error("%s: %s", self._directory.path, problem)
-        else:
+            if self._disk_log.is_new_problem(problem):
+                log.error("%s: %s", self._directory.path, problem)
+        elif self._disk_log.is_over():
             log.info("%s: writing works again", self._directory.path)
-
-    def _set_problem(self, problem: str) -> bool:
-        """Set the problem; returns whether it has changed."""
-        changed, self.problem = problem != self.problem, problem
-        return changed
 
     def _log_drops(self) -> None:
         """Log when drops for a reason begin, and their number when they end."""
         now = dict(self._writer.dropped)
         for reason, total in now.items():
+            drop_log = self._drop_logs.setdefault(reason, StateLog(self._clock))
             if total > self._logged_drops[reason]:
-                if reason not in self._reasons_dropping:
-                    self._reasons_dropping.add(reason)
+                if drop_log.is_new_problem(reason):
                     log.warning("%s: dropping events: %s", self._directory.path, reason)
-            elif reason in self._reasons_dropping:
-                self._reasons_dropping.discard(reason)
+            elif drop_log.is_over():
                 log.info("%s: no longer dropping events: %s; dropped so far: %d", self._directory.path, reason, total)
         self._logged_drops = now
 

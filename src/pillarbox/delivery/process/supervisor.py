@@ -35,6 +35,7 @@ from pillarbox.forks import after_fork_in_child
 from pillarbox.log_records import relay_record
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 from pillarbox.store.os_filesystem import exists
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -83,7 +84,9 @@ class Supervisor:
         self._stats_changed = threading.Condition()
         self._stats = dict.fromkeys(sinks, DeliveryCounters().to_stats(State("idle"), ""))
         self._stats_before_child: dict[str, SinkStats] = {}  # the child counts from 0
-        self._logged_reason = ""
+        self._state_log = StateLog(clock)
+        self._defect_log = StateLog(clock)
+        self._is_announced = False  # that a child delivers
         self._failures = 0  # in a row
         self._hook_failures = 0
         self._thread = threading.Thread(target=self._run, name="pillarbox-supervisor", daemon=True)
@@ -129,7 +132,8 @@ class Supervisor:
             try:
                 pause = self._run_once()
             except Exception as error:
-                log.exception("%s: a defect in Pillarbox; delivery is restarted", self._directory.path)
+                if self._defect_log.is_new_problem(f"{type(error).__name__}: {error}"):
+                    log.exception("%s: a defect in Pillarbox; delivery is restarted", self._directory.path)
                 pause = self._child_failed(f"{type(error).__name__}: {error}", 0.0)
             if self._stopping.wait(pause):
                 return
@@ -187,15 +191,19 @@ class Supervisor:
                 problem = message.text
             elif isinstance(message, ChildReady):
                 self._lease.release()
-                log.info("%s: process %d delivers", self._directory.path, child.pid)
-                self._logged_reason = ""
+                if self._state_log.is_over() or not self._is_announced:
+                    self._is_announced = True
+                    log.info("%s: process %d delivers", self._directory.path, child.pid)
                 with self._order_lock:
                     child.send_order(GO)
                     self._child_delivers = True
                     self._forward_stop()
-            elif self._apply_report(message) and problem is not None:
-                problem = None
-                child.send_order(STOP + b"0")
+            else:
+                if self._state_log.is_over():
+                    log.info("%s: process %d delivers", self._directory.path, child.pid)
+                if self._apply_report(message) and problem is not None:
+                    problem = None
+                    child.send_order(STOP + b"0")
         self._hook_failures = 0
         return problem
 
@@ -222,14 +230,12 @@ class Supervisor:
         """Set the state of all sinks while there is no child, and log each change once."""
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         state = State(name, reason, retry_at)
-        before = self._logged_reason
         with self._stats_changed:
             self._stats = {
                 sink: msgspec.structs.replace(stats, state=state, last_error=reason, rate=None)
                 for sink, stats in self._stats.items()
             }
-        self._logged_reason = reason
-        if reason != before:
+        if self._state_log.is_new_problem(reason):
             log.log(logging.INFO if name == "standby" else logging.WARNING, "%s: %s", self._directory.path, state)
 
 

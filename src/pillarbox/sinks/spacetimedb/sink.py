@@ -38,6 +38,7 @@ from pillarbox.sinks.spacetimedb.pool import (
 from pillarbox.sinks.spacetimedb.responses import SpacetimeDbResponse, classify_response, parse_version
 from pillarbox.sinks.spacetimedb.schema import DatabaseSchema, SchemaError
 from pillarbox.sinks.spacetimedb.url import PLAIN_HTTP_WARNING, TOKEN_VARIABLE, parse_url
+from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -91,6 +92,7 @@ class SpacetimeDbSink:
         self._event_type = event_type
         self._decoder = msgspec.json.Decoder(without_post_init(event_type))
         self._clock = clock or SystemClock()
+        self._token_log = StateLog(self._clock)
         self.capabilities = SinkCapabilities(
             deduplicates_by="event_id",
             survives="power",
@@ -179,8 +181,10 @@ class SpacetimeDbSink:
         try:
             parsed = parse_url(self._url)
         except ConfigurationError as error:
-            log.warning("%s: %s", self._settings.server, error)
+            if self._token_log.is_new_problem(str(error)):
+                log.warning("%s: %s", self._settings.server, error)
             return
+        self._token_log.is_over()
         if (parsed.token and parsed.token.auth_header()) != (self._settings.token and self._settings.token.auth_header()):
             self._settings = parsed
             await self.close()
