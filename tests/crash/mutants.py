@@ -44,6 +44,8 @@ FOR_SEVERAL: Final = ("af", "aafxyafd", "afcafd", "afpfd", "aafxv", "okfxkd")  #
 CUT_SHORT: Final = "af{}v"  # another one, with a kill in the last step
 OPERATIONS: Final = 30  # of that step, at most
 EXAMPLES: Final = 1200  # of the state machine
+SECONDS_PER_TEST_MAX: Final = 60  # a test of a mutant that takes longer hangs, and has found it
+_HANGING_TEST: Final = re.compile(r"""tests/(\S+)\.py", line \d+ in (test_\w+)""")  # in a stack trace of all threads
 UNIT_TESTS: Final = "tests"  # the name of the harness of unit tests
 FIRST_TESTS_VARIABLE: Final = "FIRST_TESTS_OF_MUTANT"  # of the environment of a harness
 COMPILED_TESTS: Final = (  # for a mutant of a C source
@@ -141,10 +143,13 @@ class Table(NamedTuple):
 
 
 def _run_tests(*arguments: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
+    command += ["-o", f"faulthandler_timeout={SECONDS_PER_TEST_MAX}", "-o", "faulthandler_exit_on_timeout=true", *arguments]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if process.returncode not in (0, 1):
         raise ImportError(process.stdout + process.stderr)
+    if process.returncode and (hanging := _HANGING_TEST.search(process.stderr)):
+        return f"FAILED tests/{hanging[1]}.py::{hanging[2]} - it does not end within {SECONDS_PER_TEST_MAX} s"
     return process.stdout[-1000:] if process.returncode else ""
 
 
