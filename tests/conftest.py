@@ -38,6 +38,7 @@ MARKS = {
     "delivery": pytest.mark.slow,
     "deploy": pytest.mark.slow,
     "exporters": pytest.mark.slow,
+    "surroundings": pytest.mark.slow,
     "sinks/spacetimedb": pytest.mark.server,
     "store/test_group_commit_interrupts.py": pytest.mark.slow,
     "store/test_interrupts.py": pytest.mark.slow,

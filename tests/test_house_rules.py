@@ -13,6 +13,16 @@ PACKAGE = ROOT / "src" / "pillarbox"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 ALL_PYTHON = sorted([*MODULES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")])
 structure = runpy.run_path(str(ROOT / "tools" / "structure"))
+REPLACED_MODULES = {
+    "_thread",
+    "multiprocessing",
+    "queue",
+    "select",
+    "selectors",
+    "socket",
+    "subprocess",
+    "threading",
+}
 SLEEPS = {"sleep", "usleep", "nanosleep", "sigtimedwait"}
 WAIT_COMMENT = "# wait: "
 MODULE_LINES_MAX = 600
@@ -34,6 +44,7 @@ ALLOWED_IMPORTS = {
     "errors": {"redaction"},
     "redaction": set(),
     "clock": set(),
+    "system": {"clock"},
     "_native": {"_speedups", "outcome"},
     "settings": {"delivery", "errors", "event", "outcome", "redaction", "store"},
 }
@@ -50,7 +61,6 @@ OS_NAMES = {
     "forks.py": {"getpid", "register_at_fork", "stat"},
     "outbox.py": {"PathLike"},
     "delivery/process/child.py": {"_exit", "dup2"},
-    "delivery/process/supervisor.py": {"register_at_fork"},
     "sinks/spacetimedb/url.py": {"environ"},  # may hold a token
     "sinks/http/sink.py": {"environ"},  # variables that the URL names
     "delivery/lease.py": {"getpid"},
@@ -97,7 +107,7 @@ def test_a_part_imports_only_what_the_architecture_allows(module: Path) -> None:
     allowed = ALLOWED_IMPORTS.get(part)
     ours = {path.split(".")[1] for path in imports_of(ast.parse(module.read_text())) if path.startswith("pillarbox.")}
     if allowed is not None:
-        assert ours <= allowed | {part}
+        assert ours <= allowed | {part, "system"}  # which stands for the standard library
 
 
 @pytest.mark.parametrize(("module", "forbidden"), FORBIDDEN_IMPORTS)
@@ -126,6 +136,21 @@ def test_only_one_module_accesses_the_disk_and_only_one_reads_the_time(module: P
         assert not imports_of(tree) & {"shutil", "pathlib.Path", "io.open", "tempfile", "glob"}
     if name != "clock.py":
         assert not imports_of(tree) & {"time", "datetime"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_threads_and_what_waits_are_those_of_the_system(module: Path) -> None:
+    """Gevent and eventlet replace these modules; only the package `system` knows what was replaced."""
+    name, tree = relative(module), ast.parse(module.read_text())
+    if name.startswith("system/") or name == "cli/signals.py":  # it ends the interpreter, which waits for all threads
+        return
+    assert not {path.split(".")[0] for path in imports_of(tree)} & REPLACED_MODULES
+    calls = {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    assert name.startswith("cli/") or not calls & {"asyncio.run", "asyncio.to_thread", "asyncio.new_event_loop"}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
@@ -192,7 +217,10 @@ def test_every_log_line_passes_the_filter_that_escapes(module: Path) -> None:
     for node in ast.walk(ast.parse(module.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "getLogger" and node.args:
             name = node.args[0]
-            relayed = relative(module) == "delivery/process/supervisor.py"  # the name that a child's record has
+            relayed = relative(module) in {
+                "delivery/process/supervisor.py",
+                "log_records.py",
+            }  # the name that a record has
             assert relayed or (isinstance(name, ast.Constant) and name.value == "pillarbox")
 
 

@@ -101,7 +101,7 @@ def test_every_thread_of_the_package_is_told_from_an_applications() -> None:
     """By its name; each is started with one."""
     package = Path(pillarbox.__file__).parent
     for module in package.rglob("*.py"):
-        for part in module.read_text().split("threading.Thread(")[1:]:
+        for part in module.read_text().split("threads.Thread(")[1:]:
             arguments = part.partition(")\n")[0]
             named = (
                 'name="pillarbox-' in arguments or "name=_RELAY_THREAD" in arguments or "name=self._thread_name" in arguments

@@ -24,12 +24,12 @@ from zlib import crc32
 from pillarbox.outcome import ENQUEUED
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Generator, Iterable
     from contextvars import Context
     from types import EllipsisType
 
     from pillarbox.outcome import Dropped, Outcome
+    from pillarbox.system.threads import RLock
 
     Callback = Callable[["PyCommitFuture"], object]
 
@@ -125,7 +125,7 @@ class PySegmentCounters:
 class PyWriterState:
     """The fields of a writer that the hot path reads and writes."""
 
-    lock: threading.RLock
+    lock: RLock
     _file: Any  # a `SegmentCounters`
     _limit: int
     _append_interrupted: bool

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.errors import OutboxFullError
 from pillarbox.outcome import Dropped, Outcome
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -59,7 +59,7 @@ class BlockWhenFull:
                 return self._writer.drop("would_block", events)
             if self._clock.monotonic() >= deadline:
                 return self._writer.drop("timeout", events)
-            threading.Event().wait(_RETRY_INTERVAL_S)
+            threads.pause(_RETRY_INTERVAL_S)
             outcome = append()
         return outcome
 

@@ -5,8 +5,12 @@ Whatever waits or writes timestamps takes a `Clock`, so that a test can pass one
 
 from __future__ import annotations
 
-import time
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import time
+else:
+    from pillarbox.system.originals import time
 
 
 class Clock(Protocol):

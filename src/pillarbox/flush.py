@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Final
+
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -31,7 +32,7 @@ def wait_until_delivered(directory: Directory, runner: Runner | None, clock: Clo
                 break
             if now >= deadline:
                 return False
-            threading.Event().wait(min(deadline - now, _LISTING_TIME_SHARE * (now - before)))
+            threads.pause(min(deadline - now, _LISTING_TIME_SHARE * (now - before)))
             idle_s = _POLL_S if delivered == initial else _GROUP_WAIT_S
             _wait_for_files(runner, clock, deadline, idle_s, delivered, len(pending))
     except OSError:
@@ -49,7 +50,7 @@ def _wait_for_files(runner: Runner | None, clock: Clock, deadline: float, idle_s
     Listing the directory earlier would only take time from the delivery worker.
     """
     if runner is None:
-        threading.Event().wait(max(0.0, min(deadline - clock.monotonic(), idle_s)))
+        threads.pause(max(0.0, min(deadline - clock.monotonic(), idle_s)))
         return
     latest = delivered
     while (left_s := deadline - clock.monotonic()) > 0 and latest - delivered < files:

@@ -11,6 +11,7 @@ from os import getpid, register_at_fork, stat
 from typing import TYPE_CHECKING, Final
 
 from pillarbox._native import COMPILED, speedups
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,28 @@ _first: list[Callable[[], object]] = []
 _last: list[Callable[[], object]] = []
 _pid = getpid()
 _hook_ran = False
+
+
+class ForkLock:
+    """A lock that the process holds while it forks, and that is free in the child."""
+
+    def __init__(self) -> None:
+        self._lock = threads.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def renew(self) -> None:
+        """In the child, where the thread that held the lock may not exist."""
+        self._lock = threads.RLock()
+
+
+# Held while a descriptor is opened or closed, or a process started, and while this process forks: a child must know each
+# descriptor that it inherits.
+fork_lock: Final = ForkLock()
 
 
 def after_fork_in_child(callback: Callable[[], object], *, last: bool = False) -> None:
@@ -34,12 +57,14 @@ def was_forked_in_c() -> bool:
 
 def _before_fork() -> None:
     global _hook_ran  # noqa: PLW0603 - of this process
+    fork_lock.__enter__()
     _hook_ran = True
 
 
 def _after_fork_in_parent() -> None:
     global _hook_ran  # noqa: PLW0603 - of this process
     _hook_ran = False
+    fork_lock.__exit__()
 
 
 def _handle_fork() -> None:
@@ -47,6 +72,8 @@ def _handle_fork() -> None:
     _pid = getpid()
     if COMPILED:
         speedups.mark_fork_handled()
+    fork_lock.renew()
+    threads.forget_parent_threads()
     for callback in (*_first, *_last):
         callback()
     _hook_ran = False

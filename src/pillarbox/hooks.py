@@ -8,11 +8,14 @@ stored without `before_send`.
 from __future__ import annotations
 
 import logging
-import threading
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from pillarbox.system import threads
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import msgspec
 
@@ -35,8 +38,17 @@ _CAUGHT_EXCEPTIONS: Final[dict[str, tuple[type[BaseException], ...]]] = {
 }
 
 
-class _ThreadState(threading.local):
-    in_hook = False
+class _HookCall:
+    """A call of a hook that is under way, or has ended."""
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: Hooks) -> None:
+        self.of: Hooks | None = of  # None once it has ended: a task that the hook has started has a copy of the context
+
+
+# Those of this thread or greenlet.
+_calls: ContextVar[tuple[_HookCall, ...]] = ContextVar("pillarbox_hook_calls", default=())
 
 
 class Hooks:
@@ -57,8 +69,7 @@ class Hooks:
         self._before_send = before_send
         self._on_drop = on_drop
         self._on_dead_letter = on_dead_letter
-        self._thread_state = _ThreadState()
-        self._lock = threading.RLock()  # re-entrant: a signal handler may enqueue, and so come here, at any point
+        self._lock = threads.RLock()  # re-entrant: a signal handler may enqueue, and so come here, at any point
         self._reported_drops: dict[str, int] = {}  # by reason
         self.failures: dict[str, int] = dict.fromkeys(HOOK_FAILURE_EFFECTS, 0)
 
@@ -73,12 +84,12 @@ class Hooks:
         return self._on_drop is not None
 
     def is_in_hook(self) -> bool:
-        """Whether this thread is running a hook."""
-        return self._thread_state.in_hook
+        """Whether this thread or greenlet is running a hook."""
+        return any(call.of is self for call in _calls.get())
 
     def before_send(self, event: Any) -> Any:
         """Call `before_send`: the event to store, or None to store nothing. If it raises, the event unchanged."""
-        if self._before_send is None or self._thread_state.in_hook:
+        if self._before_send is None or self.is_in_hook():
             return event
         return self._call_hook("before_send", self._before_send, event, result_on_failure=event)
 
@@ -88,22 +99,18 @@ class Hooks:
         Args:
             totals: Drops by reason since this process opened the outbox.
         """
-        if self._on_drop is None or self._thread_state.in_hook:
+        if self._on_drop is None or self.is_in_hook():
             return
         for reason, count in self._take_unreported_drops(totals):
             self._call_hook("on_drop", self._on_drop, reason, count)
 
     def _take_unreported_drops(self, totals: Mapping[str, int]) -> list[tuple[str, int]]:
-        try:
-            self._thread_state.in_hook = True  # a signal handler whose event is dropped here would report the same drops
-            with self._lock:
-                new = [(reason, total - self._reported_drops.get(reason, 0)) for reason, total in totals.items()]
-                # Another thread may have reported newer totals already; then there is nothing new in these.
-                new = [(reason, count) for reason, count in new if count > 0]
-                self._reported_drops |= {reason: totals[reason] for reason, _ in new}
-                return new
-        finally:
-            self._thread_state.in_hook = False
+        with self._in_hook(), self._lock:  # a signal handler whose event is dropped here would report the same drops
+            new = [(reason, total - self._reported_drops.get(reason, 0)) for reason, total in totals.items()]
+            # Another thread may have reported newer totals already; then there is nothing new in these.
+            new = [(reason, count) for reason, count in new if count > 0]
+            self._reported_drops |= {reason: totals[reason] for reason, _ in new}
+            return new
 
     def report_dead_letter(self, letter: Any) -> None:
         """Call `on_dead_letter` for a dead letter that is on disk."""
@@ -116,18 +123,25 @@ class Hooks:
             self.failures["on_dead_letter"] += count
 
     def _call_hook(self, name: str, hook: Callable[..., Any], *arguments: Any, result_on_failure: Any = None) -> Any:
-        state = self._thread_state
+        with self._in_hook():
+            try:
+                return hook(*arguments)
+            except _CAUGHT_EXCEPTIONS[name]:
+                if self._is_first_failure(name):
+                    # Still in the hook: a log handler that enqueues must not call the hook that fails.
+                    effect = HOOK_FAILURE_EFFECTS[name]
+                    log.exception("%s: %s raised; %s. Further failures are only counted", self._name, name, effect)
+                return result_on_failure
+
+    @contextmanager
+    def _in_hook(self) -> Iterator[None]:
+        call = _HookCall(self)
+        token = _calls.set((*_calls.get(), call))
         try:
-            state.in_hook = True
-            return hook(*arguments)
-        except _CAUGHT_EXCEPTIONS[name]:
-            if self._is_first_failure(name):
-                # `in_hook` is still set: a log handler that enqueues must not call the hook that fails.
-                effect = HOOK_FAILURE_EFFECTS[name]
-                log.exception("%s: %s raised; %s. Further failures are only counted", self._name, name, effect)
-            return result_on_failure
+            yield
         finally:
-            state.in_hook = False
+            call.of = None
+            _calls.reset(token)
 
     def _is_first_failure(self, name: str) -> bool:
         with self._lock:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
-import threading
 from collections import deque
 from typing import Final, NamedTuple
 
 from pillarbox.forks import after_fork_in_child
+from pillarbox.system import threads
+from pillarbox.system.originals import replacing_library
 
 log = logging.getLogger("pillarbox")
 
@@ -24,6 +25,9 @@ _THREAD_PREFIX: Final = "pillarbox-"  # of the name of each thread that the pack
 _RELAY_THREAD: Final = "pillarbox-log"
 _RECORDS_MAX: Final = 1000  # waiting for a handler that blocks; further ones are lost
 _SHUTDOWN_TIMEOUT_S: Final = 0.5  # at the exit, for handlers of which one blocks
+_GREENLET_PAUSE_S: Final = 0.1  # between two looks of the greenlet that calls handlers under eventlet
+# What asyncio and the transport of httpx log, on threads of the package.
+_OTHER_LOGGERS: Final = ("asyncio", "httpcore.connection", "httpcore.http11", "httpcore.proxy")
 _HANDLER_TIMEOUT_S: Final = 0.25  # for which a thread of the package waits for the handlers
 
 
@@ -49,11 +53,15 @@ class SkipOwnLogRecords(logging.Filter):
 
 
 class RelayFilter(logging.Filter):
-    """The filter of the package's logger: hands over what must not wait for the handlers."""
+    """A filter of a logger, by default the package's: hands over what must not wait for the handlers."""
+
+    def __init__(self, logger: logging.Logger = log) -> None:
+        super().__init__()
+        self._logger = logger
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the handlers are called at once, by this thread."""
-        return not _relay.takes(record) or not _relay.hand_over(log, record)
+        return not _relay.takes(record) or not _relay.hand_over(self._logger, record)
 
 
 def relay_record(logger: logging.Logger, record: logging.LogRecord) -> None:
@@ -62,12 +70,29 @@ def relay_record(logger: logging.Logger, record: logging.LogRecord) -> None:
         logger.callHandlers(record)
 
 
+def prepare_log_records() -> None:
+    """Before threads of the package are started, on a thread of the application: start the greenlet that calls handlers.
+
+    Under eventlet the locks of handlers know the greenlets of one thread only, and a thread that waits for one waits for ever.
+    """
+    if replacing_library() == "eventlet" and _relay.start_greenlet():
+        for name in _OTHER_LOGGERS:
+            logger = logging.getLogger(name)
+            if not any(isinstance(known, RelayFilter) for known in logger.filters):
+                logger.addFilter(RelayFilter(logger))
+
+
+def write_waiting_records() -> None:
+    """On a thread of the application: have the records handled that wait for the greenlet."""
+    _relay.write_waiting()
+
+
 def leave_blocked_handlers() -> None:
     """At the exit of the program: if a handler blocks, let neither `logging.shutdown` nor the interpreter wait for it."""
     if not _relay.is_late:
         return
     atexit.unregister(logging.shutdown)
-    shutdown = threading.Thread(target=logging.shutdown, name=_RELAY_THREAD, daemon=True)
+    shutdown = threads.Thread(target=logging.shutdown, name=_RELAY_THREAD)
     try:
         shutdown.start()
     except RuntimeError:  # the system has no thread to give
@@ -81,18 +106,19 @@ def leave_blocked_handlers() -> None:
 class _WaitingRecord(NamedTuple):
     logger: logging.Logger
     record: logging.LogRecord
-    handled: threading.Event
+    handled: threads.Event
 
 
 class LogRelay:
     """Calls log handlers on a helper thread, which lives while there are records."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._waiting: deque[_WaitingRecord] = deque()
         self._is_running = False
         self.is_late = False  # a handler takes longer than anybody waits
         self._lost = 0
+        self._has_greenlet = False  # which calls the handlers, in place of the helper thread
 
     def takes(self, record: logging.LogRecord) -> bool:
         """Whether a record must not be handled by its thread: one of the package's, or any while a handler blocks."""
@@ -101,17 +127,19 @@ class LogRelay:
 
     def hand_over(self, logger: logging.Logger, record: logging.LogRecord) -> bool:
         """Queue a record, and wait a moment until it is handled. False if there is no thread that could handle it."""
-        handled = threading.Event()
+        handled = threads.Event()
         with self._lock:
             if len(self._waiting) >= _RECORDS_MAX:
                 self._lost += 1
                 return True
             item = _WaitingRecord(logger, record, handled)
             self._waiting.append(item)
+            if self._has_greenlet:
+                return True
             starts, self._is_running = not self._is_running, True
         if starts:
             try:
-                threading.Thread(target=self._call_handlers, name=_RELAY_THREAD, daemon=True).start()
+                threads.Thread(target=self._call_handlers, name=_RELAY_THREAD).start()
             except RuntimeError:  # the system has no thread to give
                 with self._lock:
                     self._is_running = False
@@ -121,6 +149,29 @@ class LogRelay:
         if not self.is_late and not handled.wait(_HANDLER_TIMEOUT_S):
             self.is_late = True
         return True
+
+    def start_greenlet(self) -> bool:
+        """Have a greenlet of the application call the handlers. False if there is one already."""
+        if self._has_greenlet:
+            return False
+        self._has_greenlet = True
+        threads.start_greenlet(self._write_for_ever, _RELAY_THREAD)
+        return True
+
+    def write_waiting(self) -> None:
+        """Call the handlers for what waits for the greenlet."""
+        while self._has_greenlet and self._waiting:
+            item = self._waiting.popleft()
+            item.logger.callHandlers(item.record)
+
+    def forget_parent(self) -> None:
+        """In a forked child, where the greenlet lives on: what waits is the parent's."""
+        self._waiting.clear()
+
+    def _write_for_ever(self) -> None:
+        while True:
+            self.write_waiting()
+            threads.let_greenlets_run(_GREENLET_PAUSE_S)
 
     def _call_handlers(self) -> None:
         while True:
@@ -146,6 +197,7 @@ _relay = LogRelay()
 
 def _after_fork() -> None:
     global _relay  # noqa: PLW0603 - a thread that does not exist here may hold its lock
+    _relay.forget_parent()
     _relay = LogRelay()
 
 

@@ -7,17 +7,17 @@ a forked child. The parts are in `codec.py`, `store/` and `delivery/`.
 from __future__ import annotations
 
 import logging
-import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pillarbox import lifecycle
 from pillarbox._native import CommitFuture
-from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
+from pillarbox.background import Activity, BackgroundWork, DropReporter, RunnerLink
+from pillarbox.backpressure import BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import Codec, EventEncoder
 from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
-from pillarbox.delivery.runner import ONLY_SINK, combine_stats
+from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError, DirectoryUnusableError
 from pillarbox.event import EVENT_BYTES_MAX, TrackingEvent
@@ -25,10 +25,11 @@ from pillarbox.flush import wait_until_delivered
 from pillarbox.forks import check_fork, was_forked_in_c
 from pillarbox.hooks import Hooks, with_drop_reports
 from pillarbox.lifecycle import OutboxMeta
+from pillarbox.log_records import prepare_log_records
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
-from pillarbox.stats import COUNTER_FIELDS, Stats
+from pillarbox.snapshot import take_snapshot
 from pillarbox.store.append_hooks import AppendHooks, EnqueueFunction
 from pillarbox.store.group_commit import GroupCommitter
 from pillarbox.store.ledger import LedgerWriter
@@ -38,6 +39,8 @@ from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
+from pillarbox.system import threads
+from pillarbox.system.originals import standing_still
 from pillarbox.telemetry import instruments, sink_attributes
 
 if TYPE_CHECKING:
@@ -50,12 +53,13 @@ if TYPE_CHECKING:
 
     from pillarbox.delivery.dead_letter import DeadLetter
     from pillarbox.delivery.runner import Runner
+    from pillarbox.stats import Stats
     from pillarbox.store.usage import DiskUsage
 
 log = logging.getLogger("pillarbox")
 
 CALL_BYTES_MAX: Final = 16 * 2**20  # bytes of one call of `enqueue_many`: they are written at once, and read back in one batch
-_BUSY_PERIOD_S: Final = 10.0  # how long after the last event the delivery worker still yields the GIL every few records
+_START_POLL_S: Final = 0.001  # between two looks whether another greenlet has started the outbox
 
 
 class Outbox(metaclass=OutboxMeta):
@@ -146,7 +150,7 @@ class Outbox(metaclass=OutboxMeta):
         self._codec = Codec(settings.event_type, trusted=settings.trusted)
         self._event_type = settings.event_type
         self._clock: Clock = SystemClock()
-        self._start_lock = threading.RLock()
+        self._start_lock = threads.RLock()
         self._closed = False
         self._filesystem = local_filesystem()
         self._working_directory = working_directory()  # what relative paths refer to, even if it changes later
@@ -164,11 +168,9 @@ class Outbox(metaclass=OutboxMeta):
         """Create the parts that belong to one process. A forked child calls this too, because it must not use its parent's."""
         settings = self.settings
         self._started = False
-        self._is_starting = False
+        self._is_starting, self._starter = False, 0
         self._start_problem = ""  # the logged reason why the outbox could not start
-        self._busy_accepted = 0
-        self._busy_since = -_BUSY_PERIOD_S
-        self._runner: Runner | None = None
+        self._link = RunnerLink()
         self._hooks = Hooks(self.name, settings.before_send, settings.on_drop, settings.on_dead_letter)
         self._ledger = LedgerWriter(self._directory, self._clock)
         evicts = settings.when_full == "drop_oldest"
@@ -177,20 +179,23 @@ class Outbox(metaclass=OutboxMeta):
         inbox = SealerInbox()
         self._writer = Writer(self._directory, limits, inbox.wake)
         self._committer = GroupCommitter(self._directory, self._writer)
+        self._activity = Activity(self._writer, self._clock)
+        self._drop_reporter = DropReporter(self._hooks, blocks_when_full=settings.when_full == "block")
         self._sealer = Sealer(
             self._directory,
             self._writer,
             inbox,
             self._clock,
             settings.flush_interval,
-            self._notify_runner,
+            self._link.notify,
             settings.min_free_bytes,
             committer=self._committer,
             syncs_spare_names=self._is_power_default,
             evicts=evicts,
-            on_drops=self._report_drops if self._hooks.has_on_drop else None,
+            on_drops=self._drop_reporter.report if self._hooks.has_on_drop else None,
             ledger=self._ledger,
         )
+        self._background = BackgroundWork(self.name, self._clock, self._sealer, self._link, self._committer, self._ledger)
         self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks)
         self._enqueue = self._compose_enqueue()
         self._shadow_enqueue()
@@ -314,13 +319,7 @@ class Outbox(metaclass=OutboxMeta):
         if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_locked_by_this_thread():
             with self._writer.lock:
                 totals = dict(self._writer.dropped)
-            self._report_drops(totals)
-
-    def _report_drops(self, totals: dict[str, int]) -> None:
-        if self.settings.when_full == "block" and not self._closed:
-            # The drop is uncounted before the next attempt; it stays only if the caller was cancelled meanwhile.
-            totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
-        self._hooks.report_drops(totals)
+            self._drop_reporter.report(totals)
 
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """Store one event from a coroutine.
@@ -412,10 +411,12 @@ class Outbox(metaclass=OutboxMeta):
     def _start(self) -> bool:
         """Count the pending batches and start the threads; False if that is impossible, and then nothing runs."""
         check_fork()
+        while self._is_starting and self._starter != threads.caller_id():  # another greenlet, which the lock does not stop
+            threads.pause(_START_POLL_S)
         with self._start_lock:
             if self._started or not self.settings.enabled or self._closed or self._is_starting:
                 return self._started
-            self._is_starting = True
+            self._starter, self._is_starting = threads.caller_id(), True
             try:
                 usage = self._directory.disk_usage_at_start()
                 problem = ""
@@ -426,6 +427,8 @@ class Outbox(metaclass=OutboxMeta):
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
+        if not problem and standing_still():
+            log.error("%s: %s", self.name, standing_still())
         if problem and problem != self._start_problem:
             self._start_problem = problem
             log.error("%s: drops events until it can start: %s", self.name, problem)
@@ -436,6 +439,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def _start_parts(self, usage: DiskUsage) -> str:
         """Start the threads, and then the writer. Returns the problem if that is impossible, otherwise ""."""
+        prepare_log_records()
         self._directory.seal_after(usage.newest_sealed_at)
         self._sealer.quota.check_free_space()
         try:
@@ -449,7 +453,7 @@ class Outbox(metaclass=OutboxMeta):
             except RuntimeError as error:
                 self._sealer.cancel_start()
                 return f"{error}: see the limits of processes and threads (ulimit -u, pids.max)"
-        self._runner = runner
+        self._link.runner = runner
         self._writer.start(usage.pending_bytes, usage.pending_files)
         self._sealer.run_rounds()
         instruments().observe_outbox(self)
@@ -457,29 +461,18 @@ class Outbox(metaclass=OutboxMeta):
         return ""
 
     def _build_runner(self) -> Runner | None:
-        telemetry = instruments()
+        name, duration = self.name, instruments().flush_duration
         callbacks = DeliveryCallbacks(
             self._writer.release_bytes,
-            lambda seconds, sink: telemetry.flush_duration.record(seconds, {"outbox": self.name, **sink_attributes(sink)}),
+            lambda seconds, sink: duration.record(seconds, {"outbox": name, **sink_attributes(sink)}),
             self._hooks.report_dead_letter,
             self._hooks.add_dead_letter_failures,
             partial(self._writer.release_bytes, files=0),
-            self._is_busy,
+            self._activity.is_busy,
         )
         return build_runner(
             self.settings, self._directory, self._clock, self._ledger, callbacks, self._sinks, self._working_directory
         )
-
-    def _is_busy(self) -> bool:
-        """Whether this process stored events recently. Only the delivery worker may call it."""
-        now, count = self._clock.monotonic(), self._writer.accepted_events
-        if count != self._busy_accepted:
-            self._busy_accepted, self._busy_since = count, now
-        return now - self._busy_since < _BUSY_PERIOD_S
-
-    def _notify_runner(self) -> None:
-        if self._runner is not None:
-            self._runner.notify()
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Seal now, and wait until all events accepted so far are delivered or dead-lettered.
@@ -496,42 +489,21 @@ class Outbox(metaclass=OutboxMeta):
         deadline = clock.monotonic() + timeout
         if not self._sealer.seal_now("manual", timeout):
             return False
-        return wait_until_delivered(self._directory, self._runner, clock, deadline)
+        return wait_until_delivered(self._directory, self._link.runner, clock, deadline)
 
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
         check_fork()
-        # Read the sinks first, so that files whose events are counted as delivered are not counted as pending too.
-        sinks = self._runner.sinks() if self._runner is not None else {}
-        total = combine_stats(sinks)
-        problem = (
-            f"cannot start: {self._start_problem}" if self._start_problem else self._sealer.problem or self._ledger.problem
-        )
-        if problem and total.state.name in ("idle", "draining", "standby"):
-            total = total.as_degraded(problem)
-        accepted, sealed = 0, dict(self._sealer.sealed)
-        if self._started:
-            # A file that a listing has missed already and that is then released is subtracted twice, until the next listing.
-            pending_bytes, pending_files, accepted = (max(0, number) for number in self._writer.pending_counts())
-        elif self.settings.enabled:
-            pending_bytes, pending_files = self._directory.pending()
-        else:
-            pending_bytes = pending_files = 0
-        return Stats(
-            state=total.state,
-            durability=self.settings.durability,
-            pending_bytes=pending_bytes,
-            pending_files=pending_files,
-            accepted=accepted,
-            dropped=dict(self._writer.dropped),
-            sealed=sealed,
-            evicted=self._sealer.quota.evicted_events,
-            rate=total.rate,
-            last_error=total.last_error,
-            hook_failures=dict(self._hooks.failures),
-            unwritten_ledger_entries=self._ledger.unwritten_entries,
-            sinks={name: sink for name, sink in sinks.items() if name != ONLY_SINK},
-            **{name: getattr(total, name) for name in COUNTER_FIELDS},
+        return take_snapshot(
+            self.settings,
+            self._directory,
+            self._writer,
+            self._sealer,
+            self._ledger,
+            self._link.runner.sinks() if self._link.runner is not None else {},
+            self._hooks.failures,
+            self._start_problem,
+            started=self._started,
         )
 
     def close(self, timeout: float = 5.0) -> None:
@@ -552,19 +524,13 @@ class Outbox(metaclass=OutboxMeta):
             if self._closed:
                 return False
             self._closed = True
+            self._drop_reporter.blocks_when_full = False
         if self._started:
-            self._sealer.request_stop()
+            self._background.request_end()
         return self._started
 
     def _finish_close(self, timeout: float) -> None:
-        deadline = self._clock.monotonic() + timeout
-        if not self._sealer.stop(timeout):
-            log.warning("%s: not sealed within %g s; the next start recovers the segment", self.name, timeout)
-        if self._runner is not None:
-            self._runner.notify()
-            self._runner.stop(max(0.0, deadline - self._clock.monotonic()))
-        self._committer.stop()
-        self._ledger.finish()
+        self._background.end(timeout)
 
     def __enter__(self) -> Self:
         self._start()
@@ -580,12 +546,12 @@ class Outbox(metaclass=OutboxMeta):
 
     def _reset_after_fork(self) -> None:
         """In the child: drop the parent's files, locks and threads without closing or releasing them."""
-        lifecycle.keep_from_parent(self._runner, self._sinks)  # SQLite forbids even to close a parent's connection
+        lifecycle.keep_from_parent(self._link.runner, self._sinks)  # SQLite forbids even to close a parent's connection
         if self._sink_objects:
             # The connections of the object are the parent's. If the sink is a URL, the child makes its own.
             self._sink_objects, self._delivers = {}, False
             log.warning("%s: a sink object cannot be used after fork; this process only stores events", self.name)
-        self._start_lock = threading.RLock()
+        self._start_lock = threads.RLock()
         self._writer.abandon_after_fork()
         self._directory.reset_after_fork()
         self._filesystem.close_inherited()

@@ -6,7 +6,6 @@ collects. Without an OpenTelemetry SDK they do nothing. `docs/reference/metrics.
 
 from __future__ import annotations
 
-import threading
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 from weakref import WeakSet
@@ -15,6 +14,7 @@ from opentelemetry import metrics
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from pillarbox.stats import StateName
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -184,7 +184,7 @@ class Instruments:
 
 
 _instruments: Instruments | None = None
-_instruments_lock = threading.Lock()
+_instruments_lock = threads.Lock()
 
 
 def instruments() -> Instruments:

@@ -174,7 +174,7 @@ def test_the_runner_is_stopped_once_one_sink_is_stopped_and_the_others_are_idle(
     slow, broken = SlowToOpenSink(), RecordingSink([Misconfigured("no such table")])
     with Outbox(str(box), sinks={"slow": slow, "broken": broken}) as outbox:
         enqueue_files(outbox, 2)
-        fleet = outbox._runner
+        fleet = outbox._link.runner
         assert isinstance(fleet, FanOutRunner)
         wait_until(lambda: outbox.stats().sinks["broken"].state.name == "stopped" and slow.loop is not None)
         assert not fleet.is_stopped()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pillarbox.exporters.scrape_server import Response, ScrapeServer
+from pillarbox.system.sockets import Socket
 from tests.conftest import wait_until
 from tests.exporters.scraping import fetch, fill_outbox, parse_samples, sample_value, start_deliver
 
@@ -26,7 +27,7 @@ class RunningServer:
     def __init__(self, host: str = "127.0.0.1", page: bytes = PAGE) -> None:
         self.page = page
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, 0), family=family)
+        listener = Socket(fileno=socket.create_server((host, 0), family=family).detach())
         self.port = listener.getsockname()[1]
         self.host = host
         self.server = ScrapeServer(listener, host, self.render)
@@ -193,7 +194,7 @@ def test_the_host_must_name_this_machine(server: RunningServer, host: str, allow
 
 def test_the_name_in_the_option_is_allowed() -> None:
     """So a name of one's own can be used on a loopback address too."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = Socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())
     port = listener.getsockname()[1]
     server = ScrapeServer(listener, "Metrics.Internal.", lambda _query, _headers: Response("200 OK", [], b""))
     thread = threading.Thread(target=server.serve)

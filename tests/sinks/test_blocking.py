@@ -122,7 +122,7 @@ def test_one_name_is_resolved_by_one_thread_however_often_it_is_asked_for(monkey
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 80))]
 
     monkeypatch.setattr("pillarbox.sinks.event_loop.RESOLVE_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    monkeypatch.setattr("pillarbox.sinks.event_loop.getaddrinfo", slow)
 
     async def ask() -> object:
         loop = asyncio.get_running_loop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
@@ -37,6 +36,7 @@ from pillarbox.cli.output import ExitCode, err, out, print_json, print_table
 from pillarbox.errors import UsageError
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import create_private_file, read_file
+from pillarbox.system.processes import original_subprocess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -392,7 +392,7 @@ def _edit_records(context: ChangeContext, record_filter: RecordFilter, command: 
     path = directory.path_of(name)
     create_private_file(path, lines)
     try:
-        code = subprocess.run([*shlex.split(command), path], check=False).returncode  # noqa: S603 - the user's own editor
+        code = original_subprocess().run([*shlex.split(command), path], check=False).returncode  # the user's own editor
     except (OSError, ValueError) as error:
         directory.remove(name)
         raise UsageError(f"the editor {command!r} cannot be started: {error}; name another with --editor") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -34,6 +33,7 @@ from pillarbox.stats import SinkStats
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from pillarbox.delivery.build import LocalRunner
@@ -167,7 +167,7 @@ def _wait_until_done(runner: LocalRunner, directory: Directory, once_timeout_s: 
         clock = SystemClock()
         last_count, last_progress_at = 0, clock.monotonic()
         while once_timeout_s is None or not runner.is_idle():
-            threading.Event().wait(_POLL_S)
+            threads.pause(_POLL_S)
             stats = combine_stats(runner.sinks())
             progress.update(task, completed=stats.flushed_bytes, events=stats.delivered)
             if once_timeout_s is None:

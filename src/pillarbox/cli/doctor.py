@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,6 +26,7 @@ from pillarbox.sinks import make_sink, redact_url
 from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -105,15 +105,13 @@ def _destination_findings(settings: Settings, timeout: float, clock: Clock) -> l
             results[name] = [failed("destination", f"{label}: {problem}")]
 
     # Daemon threads: a check that hangs must not keep the command from exiting.
-    threads = {
-        name: threading.Thread(target=check, args=(name, url), daemon=True) for name, url in _destinations(settings).items()
-    }
-    for thread in threads.values():
+    checks = {name: threads.Thread(check, "pillarbox-check", (name, url)) for name, url in _destinations(settings).items()}
+    for thread in checks.values():
         thread.start()
     deadline = clock.monotonic() + timeout
     findings: list[DoctorFinding] = []
     for name, url in _destinations(settings).items():
-        threads[name].join(max(0.0, deadline - clock.monotonic()))
+        checks[name].join(max(0.0, deadline - clock.monotonic()))
         late = f"{name or redact_url(url)}: no answer within {timeout:g} s; check that it runs and is reachable from here"
         findings += results.get(name, [failed("destination", late)])
     return findings

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import signal
 import sys
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from rich.console import Console
 
 from pillarbox.cli.streams import QueuedStream
 from pillarbox.escaping import one_line, printable
+from pillarbox.system import originals
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -206,7 +206,7 @@ def flush_stdout() -> None:
 
 def wait_while_read(seconds: float) -> None:
     """Wait; raises `BrokenPipeError` as soon as the reader of standard output is gone."""
-    poll = select.poll()
+    poll = originals.select.poll()
     poll.register(sys.stdout, 0)
     if poll.poll(seconds * 1000):
         raise BrokenPipeError

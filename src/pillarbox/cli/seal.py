@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -22,6 +21,7 @@ from pillarbox.store import layout, sealer
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -119,7 +119,7 @@ class SealContext:
             if now >= self.deadline:
                 return
             pause = max(_POLL_S, _LISTING_SHARE * (now - before))
-            threading.Event().wait(min(pause, self.deadline - now))
+            threads.pause(min(pause, self.deadline - now))
 
     @contextmanager
     def show_progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-import select
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
+
+from pillarbox.system import originals, threads
 
 if TYPE_CHECKING:
     from typing import TextIO
@@ -23,11 +23,11 @@ class QueuedStream(io.TextIOBase):
         self.original = stream
         self._fd = stream.fileno()
         self._encoding = stream.encoding
-        self._changed = threading.Condition()
+        self._changed = threads.Condition()
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0  # including what is being written
         self._lost_lines = 0
-        self._thread: threading.Thread | None = None
+        self._thread: threads.Thread | None = None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # typeshed's can be assigned to
@@ -56,7 +56,7 @@ class QueuedStream(io.TextIOBase):
             self._append_loss()
             self._append(data)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="pillarbox-output", daemon=True)
+                self._thread = threads.Thread(target=self._run, name="pillarbox-output")
                 try:
                     self._thread.start()
                 except RuntimeError:  # the system has no thread to give; the next text tries again
@@ -98,7 +98,7 @@ class QueuedStream(io.TextIOBase):
             try:
                 written = os.write(self._fd, rest[:_WRITE_BYTES])
             except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
-                select.select([], [self._fd], [])
+                originals.select.select([], [self._fd], [])
             except OSError:  # the reader is gone, or the volume is full
                 return
             else:

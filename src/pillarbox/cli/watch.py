@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -21,6 +20,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.escaping import one_line
 from pillarbox.store import layout
 from pillarbox.store.ledger_entries import SealedEntry, parse_ledger
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -188,7 +188,7 @@ def watch_until_stopped(
     watcher = StatusWatcher(directory, clock, durability)
     console = screen_console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
-    pause = threading.Event()
+    pause = threads.Event()
     try:
         with suppress(KeyboardInterrupt), live or nullcontext():
             done = 0

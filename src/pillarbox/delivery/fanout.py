@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import threading
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -36,6 +35,7 @@ from pillarbox.store.queue_changes import create_requested_queue, empty_requests
 from pillarbox.store.recovery import recover
 from pillarbox.store.state_log import StateLog
 from pillarbox.store.windows import count_records
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -285,15 +285,15 @@ class FanOutRunner:
         self._retention = retention
         self._lease = Lease(fan_out.directory, ", ".join(display_names), fan_out.clock, durability)
         self._runners: dict[str, ThreadRunner] = {}
-        self._work = threading.Event()
-        self._stopping = threading.Event()
+        self._work = threads.Event()
+        self._stopping = threads.Event()
         self._fan_out_until = 0.0  # monotonic seconds, once `stop` is called
         self._problem = ""
         self._defect_log = StateLog(fan_out.clock)
         self._state_log = StateLog(fan_out.clock)
         self._all_fanned_out = False
         self.unwritten_ledger_entries = 0  # of the queues; known after `stop`
-        self._thread = threading.Thread(target=self._run, name="pillarbox-fan-out", daemon=True)
+        self._thread = threads.Thread(target=self._run, name="pillarbox-fan-out")
 
     def start(self) -> None:
         """Start to fan out and to deliver."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 from typing import TYPE_CHECKING, Final, Protocol
 
 from pillarbox.clock import SystemClock
@@ -17,6 +16,7 @@ from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S, read_heartbeat
 from pillarbox.sinks.event_loop import run_on_sink_loop
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, State
 from pillarbox.store.state_log import StateLog
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,11 +78,11 @@ class ThreadRunner:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.unwritten_ledger_entries = 0  # whoever passed the ledger to the worker finishes it
-        self._stopping = threading.Event()
+        self._stopping = threads.Event()
         self._defect_log = StateLog(SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="pillarbox-delivery", daemon=True)
+        self._thread = threads.Thread(target=self._run, name="pillarbox-delivery")
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -192,7 +192,7 @@ class ExternalRunner:
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:  # noqa: ARG002 - the protocol's
         """Wait for `timeout` seconds: the other process does not report what it settles."""
-        threading.Event().wait(timeout)
+        threads.pause(timeout)
 
     def _silent_seconds(self, heartbeat: Heartbeat | None) -> float | None:
         """The age of the last heartbeat if it is stale, otherwise None."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery.config import jitter
@@ -23,6 +22,7 @@ from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite
 from pillarbox.store.ledger_entries import PurgedKind, SettledEntry
 from pillarbox.store.retention import Retention
 from pillarbox.store.state_log import StateLog
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -134,7 +134,7 @@ class Settler:
         self._logged_totals = (0, 0)
         self.waits_for_ledger = False  # the group waits until another process releases `ledger.lock`; nothing more is sent
         self.failures_in_row = 0  # several in a row are a fault of the disk, not of the files
-        self.settlement_done = threading.Condition()  # notified after each group of settled files
+        self.settlement_done = threads.Condition()  # notified after each group of settled files
 
     def settle_batch(self, sent: SentBatch) -> None:
         """Settle the files of a batch that needs no confirmation any more. Removes each from the batch first."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 from typing import TYPE_CHECKING, Final, Literal
 
 from pillarbox.delivery.compactor import Compactor
@@ -34,6 +33,7 @@ from pillarbox.store.ledger import LOCKED_PROBLEM
 from pillarbox.store.ledger_entries import AdoptedEntry
 from pillarbox.store.queue_changes import empty_requests
 from pillarbox.store.recovery import recover
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ class Worker:
         self._is_prepared = False  # since this process has the lease
         self._known_outages = 0
         self._in_flight: dict[asyncio.Task[None], SendRequest] = {}
-        self.idle = threading.Event()  # set while the last scan of the directory has found nothing to do
+        self.idle = threads.Event()  # set while the last scan of the directory has found nothing to do
 
     @property
     def state(self) -> State:
@@ -122,7 +122,7 @@ class Worker:
         return self._status.last_error
 
     @property
-    def settlement_done(self) -> threading.Condition:
+    def settlement_done(self) -> threads.Condition:
         """Notified after each group of settled files."""
         return self._settler.settlement_done
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from importlib.metadata import version
 from os import getpid
 from platform import python_version
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery.lease import read_heartbeat
+from pillarbox.system import threads
 from pillarbox.telemetry import PENDING_METRICS, Metric, sink_attributes
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class DirectoryCollector:
         self._directory = directory
         self._settings = settings
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._metrics: DirectoryMetrics | None = None
         self._next_read_s = 0.0
 

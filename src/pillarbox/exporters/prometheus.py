@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, Histogram, make_wsgi_app
@@ -13,6 +11,8 @@ from prometheus_client.registry import Collector
 from pillarbox.exporters.collector import DIRECTORY_METRICS
 from pillarbox.exporters.scrape_server import Response, ScrapeServer
 from pillarbox.sinks.event_loop import resolve_address
+from pillarbox.system import threads
+from pillarbox.system.sockets import AI_PASSIVE, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, Socket
 from pillarbox.telemetry import DELIVERY_METRICS, FLUSH_BUCKETS_S, FLUSH_DURATION
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ class PrometheusExporter:
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self._families)
         self._app = make_wsgi_app(registry)
-        family, address = resolve_address(host, port, kind=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        family, address = resolve_address(host, port, kind=SOCK_STREAM, flags=AI_PASSIVE)
+        listener = Socket(family, SOCK_STREAM)
         try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen()
         except OSError:
@@ -96,7 +96,7 @@ class PrometheusExporter:
         self._server = ScrapeServer(listener, host, self._render)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{listener.getsockname()[1]}/metrics"
-        self._thread = threading.Thread(target=self._server.serve, name="pillarbox-metrics", daemon=True)
+        self._thread = threads.Thread(target=self._server.serve, name="pillarbox-metrics")
 
     def start(self) -> None:
         """Start to serve."""

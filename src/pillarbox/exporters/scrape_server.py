@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
-import selectors
-import socket
 from typing import TYPE_CHECKING, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from pillarbox.clock import SystemClock
 from pillarbox.store.state_log import StateLog
+from pillarbox.system.sockets import SHUT_WR, Socket, gethostname, selectors, socket_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +56,7 @@ def _error(status: str, text: str, *headers: tuple[str, str]) -> Response:
 class _Connection:
     """One connection: first its request is read, then its response is written."""
 
-    def __init__(self, client: socket.socket, deadline: float) -> None:
+    def __init__(self, client: Socket, deadline: float) -> None:
         self.client = client
         self.deadline = deadline
         self.received = bytearray()
@@ -73,16 +72,16 @@ class ScrapeServer:
         render: Makes the page for the query and the headers of a request; header names are in lower case.
     """
 
-    def __init__(self, listener: socket.socket, host: str, render: Callable[[str, dict[str, str]], Response]) -> None:
+    def __init__(self, listener: Socket, host: str, render: Callable[[str, dict[str, str]], Response]) -> None:
         self._listener = listener
-        self._names = {*_LOCAL_NAMES, host.lower().rstrip("."), socket.gethostname().lower()}
+        self._names = {*_LOCAL_NAMES, host.lower().rstrip("."), gethostname().lower()}
         self._render = render
         self._clock = SystemClock()
         self._defect_log = StateLog(self._clock)
         self._selector = selectors.DefaultSelector()
-        self._connections: dict[socket.socket, _Connection] = {}  # the oldest first
+        self._connections: dict[Socket, _Connection] = {}  # the oldest first
         self._accept_again_at: float | None = None  # monotonic; None while it accepts
-        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._wakeup, self._wakeup_writer = socket_pair()
         for end in (listener, self._wakeup, self._wakeup_writer):
             end.setblocking(False)  # noqa: FBT003 - the socket module's own signature
         self._selector.register(listener, selectors.EVENT_READ)
@@ -102,7 +101,7 @@ class ScrapeServer:
                         return
                     if key.fileobj is self._listener:
                         self._accept()
-                    elif (known := self._connections.get(key.fileobj)) is not None:  # type: ignore[call-overload]  # a socket
+                    elif (known := self._connections.get(key.fileobj)) is not None:
                         self._advance(known)
         finally:
             for connection in list(self._connections.values()):
@@ -153,7 +152,7 @@ class ScrapeServer:
             while connection.unsent:
                 connection.unsent = connection.unsent[connection.client.send(connection.unsent) :]
                 if not connection.unsent:
-                    connection.client.shutdown(socket.SHUT_WR)
+                    connection.client.shutdown(SHUT_WR)
                     self._close(connection)
         except BlockingIOError:
             pass
@@ -178,7 +177,7 @@ class ScrapeServer:
         connection.deadline = self._clock.monotonic() + _REQUEST_MAX_S
         self._selector.modify(connection.client, selectors.EVENT_WRITE)
 
-    def _answer(self, head: str, client: socket.socket) -> Response:
+    def _answer(self, head: str, client: Socket) -> Response:
         request_line, *lines = head.split("\r\n")
         words = request_line.split(" ")
         if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -206,7 +205,7 @@ class ScrapeServer:
                 log.exception("the metrics could not be collected")
             return _error("500 Internal Server Error", "the metrics could not be collected")
 
-    def _is_own_name(self, host: str, client: socket.socket) -> bool:
+    def _is_own_name(self, host: str, client: Socket) -> bool:
         """Whether a request may name this machine so; if the server listens on another address than loopback, any name may."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")

@@ -8,11 +8,13 @@ Here every such call has a daemon thread, and a name that is not resolved in tim
 from __future__ import annotations
 
 import asyncio
-import socket
-import threading
 from collections import deque
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, ParamSpec, TypeVar, TypeVarTuple
+
+from pillarbox.system import threads
+from pillarbox.system.event_loop import SystemEventLoop
+from pillarbox.system.sockets import EAI_AGAIN, gaierror, getaddrinfo, getnameinfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -35,7 +37,7 @@ def run_on_sink_loop(main: Coroutine[Any, Any, T]) -> T:
 
 def resolve_address(host: str, port: int, *, kind: int, flags: int) -> tuple[int, Any]:
     """The family and the address of the first answer for a host. Raises `OSError`, also if there is no answer in time."""
-    lookup = DaemonExecutor("pillarbox-resolver", 1).submit(socket.getaddrinfo, host, port, type=kind, flags=flags)
+    lookup = DaemonExecutor("pillarbox-resolver", 1).submit(getaddrinfo, host, port, type=kind, flags=flags)
     try:
         family, _, _, _, address = lookup.result(RESOLVE_TIMEOUT_S)[0]
     except TimeoutError:
@@ -43,7 +45,7 @@ def resolve_address(host: str, port: int, *, kind: int, flags: int) -> tuple[int
     return family, address
 
 
-class SinkEventLoop(asyncio.SelectorEventLoop):
+class SinkEventLoop(SystemEventLoop):
     """An event loop of asyncio whose blocking calls run on daemon threads."""
 
     def __init__(self) -> None:
@@ -67,11 +69,11 @@ class SinkEventLoop(asyncio.SelectorEventLoop):
         flags: int = 0,
     ) -> Any:
         """Resolve a name; raises `socket.gaierror`, also if there is no answer in time."""
-        return await self._look_up(socket.getaddrinfo, host, port, family, type, proto, flags)
+        return await self._look_up(getaddrinfo, host, port, family, type, proto, flags)
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> Any:
         """Find the name of an address; raises `socket.gaierror`, also if there is no answer in time."""
-        return await self._look_up(socket.getnameinfo, sockaddr, flags)
+        return await self._look_up(getnameinfo, sockaddr, flags)
 
     async def _look_up(self, function: Callable[..., Any], *query: Any) -> Any:
         """Ask, or wait for the same question that is being asked already: an attempt that gave up may have left it behind."""
@@ -96,10 +98,18 @@ class SinkEventLoop(asyncio.SelectorEventLoop):
             lookup.exception()  # retrieved, or asyncio would log it where nobody waits any more
 
 
-def _unresolved(host: object) -> socket.gaierror:
+def _unresolved(host: object) -> gaierror:
     name = host.decode(errors="backslashreplace") if isinstance(host, bytes) else host
     text = f"no name server has resolved {name} within {RESOLVE_TIMEOUT_S:g} s"
-    return socket.gaierror(socket.EAI_AGAIN, text)
+    return gaierror(EAI_AGAIN, text)
+
+
+class _SystemFuture(Future[T]):
+    """A future whose threads wait for the system, and not for greenlets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition: Any = threads.Condition()
 
 
 class _Call(NamedTuple):
@@ -113,13 +123,13 @@ class DaemonExecutor(Executor):
     def __init__(self, thread_name: str, threads_max: int) -> None:
         self._thread_name = thread_name
         self._threads_max = threads_max
-        self._lock = threading.Lock()
+        self._lock = threads.Lock()
         self._waiting: deque[_Call] = deque()
         self._threads = 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Have a function called as soon as a thread is free. Raises `RuntimeError` if there is no thread at all."""
-        future: Future[T] = Future()
+        future: Future[T] = _SystemFuture()
         call = _Call(future, lambda: fn(*args, **kwargs))
         with self._lock:
             self._waiting.append(call)
@@ -127,7 +137,7 @@ class DaemonExecutor(Executor):
                 return future
             self._threads += 1
         try:
-            threading.Thread(target=self._run_calls, name=self._thread_name, daemon=True).start()
+            threads.Thread(target=self._run_calls, name=self._thread_name).start()
         except RuntimeError:  # the system has no thread to give: one that runs takes the call over
             with self._lock:
                 self._threads -= 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import threading
 import uuid
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -16,6 +15,7 @@ from pillarbox.store.file_parts import parts_of
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.layout import Kind
 from pillarbox.store.usage import measure_usage
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -84,9 +84,9 @@ class Directory:
 
     def reset_after_fork(self) -> None:
         """In a forked child: make new locks, and a new suffix, so that names differ from the parent's."""
-        self._sealed_at_lock = threading.Lock()
-        self.recovery_lock = threading.Lock()  # held by `recovery.recover`: one thread at a time
-        self._release_lock = threading.Lock()
+        self._sealed_at_lock = threads.Lock()
+        self.recovery_lock = threads.Lock()  # held by `recovery.recover`: one thread at a time
+        self._release_lock = threads.Lock()
         self._name_suffix = self.new_id()  # with strictly increasing timestamps, one suffix for all names is enough
 
     def path_of(self, name: str) -> str:
@@ -218,7 +218,7 @@ class Directory:
         return self.filesystem.is_same_file(self.path_of(name), self.path_of(name))
 
     @property
-    def release_lock(self) -> threading.Lock:
+    def release_lock(self) -> threads.Lock:
         """A lock for threads of this process, of all queues, that remove a batch and check whether another queue has it."""
         return (self.parent or self)._release_lock  # noqa: SLF001 - of the same class
 

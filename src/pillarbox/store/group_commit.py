@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-from _thread import allocate_lock
 from asyncio import get_running_loop
 from collections import deque
 from itertools import pairwise
@@ -26,10 +24,10 @@ from pillarbox.clock import SystemClock
 from pillarbox.forks import check_fork
 from pillarbox.outcome import DROPPED, ENQUEUED, ENQUEUED_POWER, Dropped
 from pillarbox.store.state_log import StateLog
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     import asyncio
-    from _thread import LockType
     from collections.abc import Callable, Iterable, Iterator
     from types import EllipsisType
     from typing import Any
@@ -117,7 +115,7 @@ class GroupCommitter:
         self._unwoken: deque[_LoopResults] = deque()  # callers that have an outcome and are not woken yet
         self._leader = _NO_LEADER
         self._threads_inside: set[int] = set()  # threads that are in `commit`
-        self._helper: threading.Thread | None = None
+        self._helper: threads.Thread | None = None
         self._ending = False
         self._helper_lock = _acquired_lock()
 
@@ -128,7 +126,7 @@ class GroupCommitter:
         itself.
         """
         writer = self._writer
-        me = threading.get_ident()
+        me = threads.caller_id()
         if (
             me in self._threads_inside
             or writer.is_locked_by_this_thread()
@@ -347,12 +345,12 @@ class GroupCommitter:
             if loop is not None:
                 self._unwoken.append(_LoopResults(loop, cast("list[CommitFuture]", entries), outcome))
                 continue
-            threads = cast("list[_WaitingThread]", entries)
-            for before, thread in pairwise(threads):  # set first: a thread that sees its outcome leaves, and wakes the next
+            waiting = cast("list[_WaitingThread]", entries)
+            for before, thread in pairwise(waiting):  # set first: a thread that sees its outcome leaves, and wakes the next
                 before.next_to_wake = thread
-            for thread in threads:
+            for thread in waiting:
                 thread.outcome = outcome
-            woken += threads[:1]
+            woken += waiting[:1]
 
     def _pass_leadership(self) -> None:
         """Let a waiting caller lead. Called before the group is woken, so that the next sync begins at once."""
@@ -372,7 +370,7 @@ class GroupCommitter:
         for thread in woken:
             _release_lock(thread.lock)
         # Woken coroutines hold the GIL until all have run: a leader that has more to append does that first.
-        if not (self._queue and threading.current_thread() is self._helper):
+        if not (self._queue and self._helper is not None and self._helper.is_current()):
             self._wake_loops()
 
     def _wake_loops(self) -> None:
@@ -396,13 +394,13 @@ class GroupCommitter:
     def _start_helper(self) -> None:
         with self._lock:
             if self._helper is None:
-                helper = threading.Thread(target=self._run_helper, name="pillarbox-committer", daemon=True)
+                helper = threads.Thread(target=self._run_helper, name="pillarbox-committer")
                 helper.start()
                 self._helper = helper  # after it has started: if no thread can be started, the next caller tries again
 
     def _lead_in_this_thread(self) -> None:
         """Commit the queue in this thread, although its event loop waits for the disk meanwhile."""
-        me = threading.get_ident()
+        me = threads.caller_id()
         if me in self._threads_inside:  # it leads, and takes what is queued in its next round
             return
         self._threads_inside.add(me)
@@ -419,7 +417,7 @@ class GroupCommitter:
             _release_lock(self._helper_lock)
 
     def _run_helper(self) -> None:
-        me = threading.get_ident()
+        me = threads.caller_id()
         self._threads_inside.add(me)
         while not (self._ending and not self._has_work()):
             self._helper_lock.acquire(timeout=_LEADER_CHECK_S if self._ending else -1)
@@ -445,13 +443,13 @@ def _wake_group(group: _LoopResults) -> None:
             group.loop.call_soon(_wake_group, group)
 
 
-def _acquired_lock() -> LockType:
-    lock = allocate_lock()
+def _acquired_lock() -> threads.Lock:
+    lock = threads.Lock()
     lock.acquire()
     return lock
 
 
-def _release_lock(lock: LockType) -> None:
+def _release_lock(lock: threads.Lock) -> None:
     """Release a lock that somebody waits for. Idempotent."""
     with contextlib.suppress(RuntimeError):
         lock.release()

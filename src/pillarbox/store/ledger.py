@@ -10,7 +10,6 @@ once that is released, but not for a full disk, which may be full until the file
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Final
@@ -25,6 +24,7 @@ from pillarbox.store.ledger_entries import (
 )
 from pillarbox.store.reconciliation import compact_entries
 from pillarbox.store.state_log import StateLog
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,9 +61,9 @@ class LedgerWriter:
         self._clock = clock
         self._buffer: deque[LedgerEntry] = deque()
         self._lost = 0
-        self._buffer_lock = threading.Lock()  # never held during a system call
+        self._buffer_lock = threads.Lock()  # never held during a system call
         self._unsynced = False  # entries were appended and not synced
-        self._write_lock = threading.Lock()
+        self._write_lock = threads.Lock()
         self._compact_at_bytes = COMPACT_BYTES
         self._state_log = StateLog(clock)
         self._lock_missed_at_s: float | None = None  # monotonic seconds; since then another process has held the lock
@@ -155,7 +155,7 @@ class LedgerWriter:
         for _ in range(_LOCK_TRIES if sync and not self._waited_in_vain else 0):
             if lock is not None:
                 break
-            threading.Event().wait(_LOCK_PAUSE_S)
+            threads.pause(_LOCK_PAUSE_S)
             lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
         if lock is None:
             self._waited_in_vain |= sync

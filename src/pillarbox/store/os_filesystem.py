@@ -11,13 +11,12 @@ import fcntl
 import os
 import stat
 import sys
-import threading
 from functools import cache
 from typing import TYPE_CHECKING, BinaryIO, Final
 
 from pillarbox._native import COMPILED, speedups
 from pillarbox.errors import FileUnusableError
-from pillarbox.forks import after_fork_in_child
+from pillarbox.forks import fork_lock
 from pillarbox.store import ownership
 from pillarbox.store.dirscan import (
     ALL_NAMES,
@@ -200,14 +199,14 @@ class OsFilesystem(SequentialBatchOps):
         return fd
 
     def _open(self, path: str, flags: int) -> int:
-        with _fork_lock:
+        with fork_lock:
             fd = _open_above_stdio(path, flags | _OPEN_FLAGS)
             self._open_fds.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
         """Close a file, and release its lock if it is held."""
-        with _fork_lock:
+        with fork_lock:
             self._open_fds.discard(fd)  # first: after the close another thread may get the number
             os.close(fd)
 
@@ -333,13 +332,13 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
         """Open and lock an existing file. None where only the step-by-step path is available."""
-        with _fork_lock:
+        with fork_lock:
             flags = (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS
             return self._track_fd(speedups.open_locked(path, flags, allow_links, shared, usable_owner(path)))
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
         """As `SequentialBatchOps` describes; None in all but the simple case."""
-        with _fork_lock:  # a child that is forked meanwhile would keep the lock
+        with fork_lock:  # a child that is forked meanwhile would keep the lock
             flags = os.O_RDWR | _OPEN_FLAGS
             return self._track_fd(speedups.append_locked(lock_path, path, lines, flags, max_size, usable_owner(path)))
 
@@ -350,7 +349,7 @@ class CompiledOsFilesystem(OsFilesystem):
         return fd
 
     def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
-        with _fork_lock:
+        with fork_lock:
             fd = self._track_fd(speedups.open_existing(path, flags | _OPEN_FLAGS, allow_links, usable_owner(path)))
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
@@ -366,7 +365,7 @@ class CompiledOsFilesystem(OsFilesystem):
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
         """As `SequentialBatchOps`."""
         owner = _owner_of_directory(paths[0]) if paths else None
-        with _fork_lock:
+        with fork_lock:
             fds, number = speedups.create_each(
                 paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
@@ -375,7 +374,7 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def close_each(self, fds: Sequence[int]) -> None:
         """As `SequentialBatchOps`."""
-        with _fork_lock:
+        with fork_lock:
             self._open_fds.difference_update(fds)
             speedups.close_each(fds)
 
@@ -456,27 +455,6 @@ def filesystem_type_of(path: str) -> str:
         if target.startswith(point.rstrip(b"/") + b"/") and len(point) >= len(best):
             best, medium = point, source.split(b" ")[0]
     return medium.decode(errors="replace")
-
-
-# Held while a descriptor is opened or closed and while a process forks: a child must know each descriptor that it inherits.
-_fork_lock = threading.RLock()
-
-
-def _before_fork() -> None:
-    _fork_lock.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    _fork_lock.release()
-
-
-def _after_fork_in_child() -> None:
-    global _fork_lock  # noqa: PLW0603 - the parent's lock is held by a thread that does not exist here
-    _fork_lock = threading.RLock()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
-after_fork_in_child(_after_fork_in_child)
 
 
 def file_identity(path: str) -> tuple[int, int] | None:

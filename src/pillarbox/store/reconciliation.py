@@ -10,7 +10,6 @@ before files are removed; a batch that appears meanwhile is left out. The rest i
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
@@ -45,6 +44,7 @@ from pillarbox.store.ledger_entries import (
     parse_ledger,
 )
 from pillarbox.store.windows import count_records
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -457,7 +457,7 @@ def reconcile(directory: Directory, progress: Callable[[int, int], None] = lambd
     for _ in range(_ATTEMPTS - 1):
         if report.balances:
             break
-        threading.Event().wait(_BETWEEN_ATTEMPTS_S)
+        threads.pause(_BETWEEN_ATTEMPTS_S)
         report = _reconcile_once(directory, progress, known)
     return report
 

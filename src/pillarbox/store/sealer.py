@@ -7,8 +7,6 @@ thread does nothing but call it, so that a test can do the same with a clock of 
 from __future__ import annotations
 
 import logging
-import threading
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, get_args
 
 import msgspec
@@ -21,6 +19,7 @@ from pillarbox.store.recovery import recover
 from pillarbox.store.segment import SealReason
 from pillarbox.store.state_log import StateLog
 from pillarbox.store.writer import RETIRED_MAX
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -51,25 +50,25 @@ class SealerInbox:
     """Wakes the thread of a `Sealer`: for work of a writer, or for a caller who waits for a round."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[threading.Event | None] = SimpleQueue()  # `put` is re-entrant, and takes no lock of ours
+        self._queue: threads.SimpleQueue[threads.Event | None] = threads.SimpleQueue()  # `put` takes no lock of ours
 
     def wake(self) -> None:
         """Report work. Quick and re-entrant."""
         self._queue.put(None)
 
-    def add_ticket(self, ticket: threading.Event) -> None:
+    def add_ticket(self, ticket: threads.Event) -> None:
         """Wake the sealer, which sets `ticket` after its next round."""
         self._queue.put(ticket)
 
-    def wait(self, timeout_s: float, gather_s: float) -> list[threading.Event]:
+    def wait(self, timeout_s: float, gather_s: float) -> list[threads.Event]:
         """Wait for work, then for more of it to accumulate. Returns the tickets that came; a ticket ends both waits."""
-        tickets: list[threading.Event] = []
+        tickets: list[threads.Event] = []
         for wait in (timeout_s, gather_s):
             if not wait or tickets:
                 continue
             try:
                 ticket = self._queue.get(timeout=wait)
-            except Empty:
+            except threads.Empty:
                 continue
             if ticket is not None:
                 tickets.append(ticket)
@@ -84,7 +83,7 @@ class _StartGate:
     """Holds a new thread until all other parts have started, or one of them has failed to."""
 
     def __init__(self) -> None:
-        self._opened = threading.Event()
+        self._opened = threads.Event()
         self._works = False
 
     def open(self, *, works: bool) -> None:
@@ -130,7 +129,7 @@ class Sealer:
         self._ledger = ledger
         self.quota = QuotaEnforcer(directory, writer, clock, min_free_bytes, ledger, evicts=evicts)
         self._seal_requests = SealRequestReader(directory, clock)
-        self._thread: threading.Thread | None = None
+        self._thread: threads.Thread | None = None
         self._start_gate = _StartGate()
         self._stopping = False
         self._ledger_behind = False  # the last write left entries in memory
@@ -154,7 +153,7 @@ class Sealer:
         """Start the thread, which waits for `run_rounds`. Raises `RuntimeError` if the system has no thread to give."""
         self._seal_requests.has_new()  # requests that were made earlier do not concern this writer
         gate = _StartGate()
-        thread = threading.Thread(target=self._run, args=(gate,), name="pillarbox-sealer", daemon=True)
+        thread = threads.Thread(target=self._run, args=(gate,), name="pillarbox-sealer")
         thread.start()
         self._thread, self._start_gate = thread, gate
 
@@ -172,7 +171,7 @@ class Sealer:
         if not self._writer.rotate(reason):
             return False
         last = self._writer.retired_segments()[-1:]
-        done = threading.Event()
+        done = threads.Event()
         self._inbox.add_ticket(done)
         return done.wait(timeout) and not any(file is waiting for file in last for waiting in self._writer.retired_segments())
 

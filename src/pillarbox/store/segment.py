@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from pillarbox._native import SegmentCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import LockedFile
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +50,7 @@ class Segment(SegmentCounters):
         self.locked_file = locked_file
         self.fd = locked_file.fd
         self.number = layout.active_sort_key(locked_file.name)[1]  # a writer fills its segments in this order
-        self.sync_lock = threading.Lock()  # held while the segment is synced, rewritten or closed
+        self.sync_lock = threads.Lock()  # held while the segment is synced, rewritten or closed
         self.synced_bytes = 0  # number of bytes that are known to be durable
         self.truncated = False  # bytes were cut off since the last sync, and may come back after a crash without another one
         self.name_durable = name_durable  # the directory was synced after the file was created

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import threading
 from collections import deque
 from typing import TYPE_CHECKING, Final
 from zlib import crc32
@@ -35,6 +34,7 @@ from pillarbox.store.segment import (
     drop_reason_of,
     ends_with_line_feed,
 )
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -70,7 +70,7 @@ class Writer(WriterState):
         self._filesystem = directory.filesystem
         self.limits = limits
         self._wake_sealer = wake_sealer
-        self.lock = threading.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
+        self.lock = threads.RLock()  # re-entrant: a signal handler may enqueue in the middle of an append
         self._writer_id = directory.new_id()
         self._highest_used = self._highest_spare = 0  # the highest numbers so far, of a segment in use and of a spare
         self._started = self._closed = False
@@ -168,11 +168,11 @@ class Writer(WriterState):
 
     def is_locked_by_this_thread(self) -> bool:
         """Whether the caller is a signal handler that has interrupted this thread in the middle of a call."""
-        return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threading.Condition` does
+        return self.lock._is_owned()  # type: ignore[attr-defined,no-any-return]  # noqa: SLF001 - as `threads.Condition` does
 
     def abandon_after_fork(self) -> None:
         """In a forked child: abandon the parent's segments. The child's `enqueue` calls `AppendHooks.append_unstarted`."""
-        self.lock = threading.RLock()
+        self.lock = threads.RLock()
         self._started = self._closed = self._append_interrupted = self.accepts = False
         self._file, self._limit = Segment(NO_FILE), _NO_SEGMENT
         self._spares.clear()

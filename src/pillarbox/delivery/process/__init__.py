@@ -1,7 +1,7 @@
 """Delivery in a process of its own: `deliver="process"`.
 
 `supervisor.py` runs in the application's process and `child.py` in the child; `protocol.py` has the messages that they exchange
-over a pair of sockets. The child is a new interpreter (`subprocess`; a process with threads must not fork). It gets everything
+over a pair of sockets. The child is a new interpreter (a process with threads must not fork). It gets everything
 through the socket: settings may hold passwords, which must not be visible in a command line or in the environment.
 
 Only the process that acquires `deliver.lock` starts a child. It holds the lock until its child is ready to acquire it. So of

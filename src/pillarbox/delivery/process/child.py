@@ -7,11 +7,8 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import sys
-import threading
 from collections import deque
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -38,6 +35,8 @@ from pillarbox.hooks import Hooks
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
+from pillarbox.system import threads
+from pillarbox.system.sockets import Socket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,13 +64,12 @@ def main(descriptor: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what an imported module prints must not mix with the application's output
-    connection = socket.socket(fileno=descriptor)
+    connection = Socket(fileno=descriptor)
     lines = read_lines(connection)
     first = next(lines, None)
     if first is None:
         return
     setup = msgspec.json.decode(first, type=ChildSetup)
-    sys.path[:] = setup.sys_path
     channel = ParentChannel(connection, setup.log_level)
     try:
         runner, reporter, ledger = _build_delivery(setup, channel)
@@ -100,7 +98,7 @@ def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, 
 
 def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter, ledger: LedgerWriter) -> None:
     """Start and stop delivery on the parent's orders. A notification does not wait for a stop that is under way."""
-    orders: SimpleQueue[bytes] = SimpleQueue()
+    orders: threads.SimpleQueue[bytes] = threads.SimpleQueue()
 
     def read_orders() -> None:
         for order in lines:
@@ -110,7 +108,7 @@ def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter
                 orders.put(order)
         os._exit(0)  # the parent is gone
 
-    threading.Thread(target=read_orders, name="pillarbox-orders", daemon=True).start()
+    threads.Thread(target=read_orders, name="pillarbox-orders").start()
     while True:
         order = orders.get()
         if order == GO:
@@ -126,7 +124,7 @@ def _obey_orders(lines: Iterator[bytes], runner: Runner, reporter: StatsReporter
 class ParentChannel(logging.Handler):
     """The child's end of the socket. Buffers log records and sends them with the next message."""
 
-    def __init__(self, connection: socket.socket, level: int) -> None:
+    def __init__(self, connection: Socket, level: int) -> None:
         super().__init__()
         self._socket = connection
         self._lines: deque[LogLine] = deque()
@@ -182,8 +180,8 @@ class StatsReporter:
         self._events = events
         self._clock = clock
         self._last_needed_s = 0.0  # monotonic
-        self._finishing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pillarbox-reports", daemon=True)
+        self._finishing = threads.Event()
+        self._thread = threads.Thread(target=self._run, name="pillarbox-reports")
 
     def start_reporting(self) -> None:
         """Start the thread."""

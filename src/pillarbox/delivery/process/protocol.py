@@ -14,8 +14,9 @@ from pillarbox.settings import Settings
 from pillarbox.stats import SinkStats
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Iterator
+
+    from pillarbox.system.sockets import Socket
 
 GO: Final = b"go"  # the lock is free: deliver
 NOTIFY: Final = b"notify"  # there may be something to do
@@ -29,7 +30,6 @@ _READ_BYTES: Final = 1 << 16
 class ChildSetup(msgspec.Struct):
     """The first line to the child."""
 
-    sys_path: list[str]  # to import what the settings name
     log_level: int  # the parent's logger drops lines below it
     settings: msgspec.Raw
 
@@ -118,7 +118,7 @@ def decode_settings(data: msgspec.Raw) -> Settings:
     return msgspec.json.decode(data, type=Settings, dec_hook=find)
 
 
-def read_lines(connection: socket.socket) -> Iterator[bytes]:
+def read_lines(connection: Socket) -> Iterator[bytes]:
     """Yield what the other process sends, line by line, until it closes the socket."""
     rest = b""
     while True:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
 import signal
-import socket
-import subprocess
 import sys
-import threading
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -31,11 +26,14 @@ from pillarbox.delivery.process.protocol import (
     read_lines,
 )
 from pillarbox.errors import FileUnusableError
-from pillarbox.forks import after_fork_in_child
+from pillarbox.forks import after_fork_in_child, fork_lock
 from pillarbox.log_records import relay_record
 from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, StateName
 from pillarbox.store.os_filesystem import exists
 from pillarbox.store.state_log import StateLog
+from pillarbox.system import threads
+from pillarbox.system.processes import original_subprocess
+from pillarbox.system.sockets import MSG_DONTWAIT, Socket, selectors, socket_pair
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -54,7 +52,7 @@ _REAP_TIMEOUT_S: Final = 5.0  # time to end for a child that has closed its sock
 _STABLE_AFTER_S: Final = 10.0  # a child that lives for so long has started successfully
 _RESTART_BACKOFF: Final = Backoff()
 _CHILD_CODE: Final = (
-    "import sys; sys.path.append(sys.argv[2]); from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
+    "import sys; sys.path[:] = sys.argv[2:]; from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
 )
 
 
@@ -76,12 +74,13 @@ class Supervisor:
         self._clock = clock
         self._callbacks = callbacks
         self._lease = Lease(directory, ", ".join(name or url for name, url in sinks.items()), clock, settings.durability)
-        self._stopping = threading.Event()
+        original_subprocess()  # imported now, as a thread that delivers must not import
+        self._stopping = threads.Event()
         self._deadline = 0.0  # monotonic seconds, once `stop` is called
-        self._order_lock = threading.Lock()
+        self._order_lock = threads.Lock()
         self._child: _ChildProcess | None = None
         self._child_delivers = False
-        self._stats_changed = threading.Condition()
+        self._stats_changed = threads.Condition()
         self._stats = dict.fromkeys(sinks, DeliveryCounters().to_stats(State("idle"), ""))
         self._stats_before_child: dict[str, SinkStats] = {}  # the child counts from 0
         self._state_log = StateLog(clock)
@@ -89,7 +88,7 @@ class Supervisor:
         self._is_announced = False  # that a child delivers
         self._failures = 0  # in a row
         self._hook_failures = 0
-        self._thread = threading.Thread(target=self._run, name="pillarbox-supervisor", daemon=True)
+        self._thread = threads.Thread(target=self._run, name="pillarbox-supervisor")
 
     def start(self) -> None:
         """Begin to deliver."""
@@ -253,19 +252,29 @@ def find_interpreter() -> str:
     return beside if exists(beside) else ""
 
 
+def _import_paths() -> list[str]:
+    """Where the child finds this package, what it needs, and what the settings name, as this process does.
+
+    A server that embeds Python may take them from elsewhere than the interpreter that is beside it.
+    """
+    paths = [path for path in sys.path if isinstance(path, str)]
+    package_parent = __file__.removesuffix("/pillarbox/delivery/process/supervisor.py")
+    return paths if package_parent in paths else [*paths, package_parent]
+
+
 class _ChildProcess:
     """A child process and the socket to it."""
 
     def __init__(self, working_directory: str) -> None:
         """Start the child in a working directory, or in that of this process if the directory is gone."""
-        with (
-            _fork_lock
-        ):  # a process forked meanwhile must not inherit the socket, or neither end would notice the other's death
-            self._socket, theirs = socket.socketpair()
+        subprocess = original_subprocess()
+        # A process forked meanwhile must not inherit the socket, or neither end would notice the other's death.
+        with fork_lock:
+            self._socket, theirs = socket_pair()
             _open_sockets.add(self._socket)
             try:
-                command = [find_interpreter(), "-P", "-c", _CHILD_CODE, str(theirs.fileno()), _PACKAGE_PARENT]
-                self._process = subprocess.Popen(  # noqa: S603 - our own code, and no shell
+                command = [find_interpreter(), "-P", "-c", _CHILD_CODE, str(theirs.fileno()), *_import_paths()]
+                self._process = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
                     cwd=working_directory if exists(working_directory) else None,
@@ -282,24 +291,23 @@ class _ChildProcess:
 
     def send_setup(self, settings: msgspec.Raw) -> None:
         """Send the settings, and what it needs to import what they name."""
-        setup = ChildSetup([path for path in sys.path if isinstance(path, str)], log.getEffectiveLevel(), settings)
+        setup = ChildSetup(log.getEffectiveLevel(), settings)
         with contextlib.suppress(OSError):  # the child has ended already, so `read_messages` will end too
             self._socket.sendall(msgspec.json.encode(setup) + b"\n")
 
     def read_messages(self) -> Iterator[bytes]:
         """Yield the child's messages until it ends. Kills it if the first message does not come in time."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if not poll.poll(_START_TIMEOUT_S * 1000):
-            self.kill()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._socket, selectors.EVENT_READ)
+            if not selector.select(_START_TIMEOUT_S):
+                self.kill()
         return read_lines(self._socket)
 
     def send_order(self, order: bytes) -> None:
         """Send an order, unless the socket is full or closed."""
-        with contextlib.suppress(
-            OSError
-        ):  # `stop` kills a child that does not read; one that has ended is noticed by its socket
-            self._socket.send(order + b"\n", socket.MSG_DONTWAIT)
+        # `stop` kills a child that does not read; one that has ended is noticed by its socket.
+        with contextlib.suppress(OSError):
+            self._socket.send(order + b"\n", MSG_DONTWAIT)
 
     def kill(self) -> None:
         """Kill the process."""
@@ -307,12 +315,12 @@ class _ChildProcess:
 
     def close(self) -> None:
         """Close the socket and wait until the process has ended."""
-        with _fork_lock:
+        with fork_lock:
             _open_sockets.discard(self._socket)
             self._socket.close()
         try:
             self._process.wait(_REAP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        except original_subprocess().TimeoutExpired:
             self.kill()
             self._process.wait()
 
@@ -349,25 +357,12 @@ def _log_child_line(message: LogLine) -> None:
         logger.handle(record) if logger is log else relay_record(logger, record)
 
 
-_PACKAGE_PARENT: Final = __file__.removesuffix("/pillarbox/delivery/process/supervisor.py")
-_fork_lock = threading.RLock()  # held while the process forks, and while a child is started or closed
-_open_sockets: set[socket.socket] = set()
-
-
-def _before_fork() -> None:
-    _fork_lock.acquire()
-
-
-def _after_fork_in_parent() -> None:
-    _fork_lock.release()
+_open_sockets: set[Socket] = set()
 
 
 def _after_fork_in_child() -> None:
-    global _fork_lock  # noqa: PLW0603 - a thread that does not exist here holds the parent's
-    _fork_lock = threading.RLock()
     while _open_sockets:
         _open_sockets.pop().close()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
 after_fork_in_child(_after_fork_in_child)

@@ -7,11 +7,13 @@ from the environment. It retries nothing; delivery does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
 import ssl
 from base64 import b64encode
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
@@ -50,6 +52,12 @@ _CONNECT_TIMEOUT_MAX_S: Final = 10.0  # part of the request's timeout, for a ser
 _KEEPALIVE_S: Final = 4.0  # an idle connection is closed before the server does it; many servers do so after 5 s
 _EXCERPT_CHARS_MAX: Final = 200
 _INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # statuses of responses to OPTIONS that say nothing about POST
+
+# What httpx imports at the first request. A thread that delivers must not import: a process that is forked meanwhile, or whose
+# locks gevent replaces meanwhile, would wait for the import for ever.
+for _name in ("httpcore", "anyio._backends._asyncio", "sniffio"):
+    with contextlib.suppress(ImportError):  # another version of httpx may need none of it
+        import_module(_name)
 
 
 class HttpSink:

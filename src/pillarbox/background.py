@@ -1,0 +1,100 @@
+"""What the threads of an outbox call.
+
+None of it refers to the outbox: one that a program drops without closing it can be collected although its threads run.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+from pillarbox.backpressure import FULL_REASONS
+from pillarbox.log_records import write_waiting_records
+
+if TYPE_CHECKING:
+    from pillarbox.clock import Clock
+    from pillarbox.delivery.runner import Runner
+    from pillarbox.hooks import Hooks
+    from pillarbox.store.group_commit import GroupCommitter
+    from pillarbox.store.ledger import LedgerWriter
+    from pillarbox.store.sealer import Sealer
+    from pillarbox.store.writer import Writer
+
+log = logging.getLogger("pillarbox")
+
+_BUSY_PERIOD_S: Final = 10.0  # after the last event, for which the delivery worker yields the GIL every few records
+
+
+class Activity:
+    """Whether this process stored events recently. Only the delivery worker may ask."""
+
+    def __init__(self, writer: Writer, clock: Clock) -> None:
+        self._writer = writer
+        self._clock = clock
+        self._accepted = 0
+        self._since_s = -_BUSY_PERIOD_S  # monotonic
+
+    def is_busy(self) -> bool:
+        """Whether it did within the last seconds."""
+        now, count = self._clock.monotonic(), self._writer.accepted_events
+        if count != self._accepted:
+            self._accepted, self._since_s = count, now
+        return now - self._since_s < _BUSY_PERIOD_S
+
+
+class RunnerLink:
+    """The runner that delivers, once there is one."""
+
+    def __init__(self) -> None:
+        self.runner: Runner | None = None
+
+    def notify(self) -> None:
+        """Tell it that there may be something to deliver."""
+        if self.runner is not None:
+            self.runner.notify()
+
+
+class DropReporter:
+    """Reports drops to `on_drop`."""
+
+    def __init__(self, hooks: Hooks, *, blocks_when_full: bool) -> None:
+        self._hooks = hooks
+        self.blocks_when_full = blocks_when_full  # until the outbox is closed
+
+    def report(self, totals: dict[str, int]) -> None:
+        """Report the drops by reason since the last report."""
+        if self.blocks_when_full:
+            # Such a drop is taken back before the next attempt; it stays only if the caller was cancelled meanwhile.
+            totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
+        self._hooks.report_drops(totals)
+
+
+class BackgroundWork:
+    """The parts of an outbox that run threads, so that they can be ended."""
+
+    def __init__(
+        self, name: str, clock: Clock, sealer: Sealer, link: RunnerLink, committer: GroupCommitter, ledger: LedgerWriter
+    ) -> None:
+        self.name = name
+        self._clock = clock
+        self._sealer = sealer
+        self._link = link
+        self._committer = committer
+        self._ledger = ledger
+
+    def request_end(self) -> None:
+        """Start to seal what is left."""
+        self._sealer.request_stop()
+
+    def end(self, timeout: float) -> None:
+        """Seal, deliver what can be delivered without waiting, and end the threads."""
+        deadline = self._clock.monotonic() + timeout
+        if not self._sealer.stop(timeout):
+            log.warning("%s: not sealed within %g s; the next start recovers the segment", self.name, timeout)
+        runner = self._link.runner
+        if runner is not None:
+            runner.notify()
+            runner.stop(max(0.0, deadline - self._clock.monotonic()))
+        self._committer.stop()
+        write_waiting_records()
+        self._ledger.finish()
