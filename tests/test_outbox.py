@@ -24,7 +24,7 @@ from pillarbox.errors import ConfigurationError
 from pillarbox.outbox import CALL_BYTES_MAX
 from pillarbox.outcome import Durability
 from pillarbox.sinks.base import Retry
-from pillarbox.store import record
+from pillarbox.store import layout, record
 from pillarbox.store.directory import Directory
 from pillarbox.store.usage import DiskUsage
 from pillarbox.store.writer import Writer
@@ -48,7 +48,7 @@ def test_an_event_is_delivered(tmp_path: Path) -> None:
         assert delivered_rows(tmp_path / "events.db") == [json.loads(msgspec.json.encode(event(1)))]
         stats = outbox.stats()
     assert (stats.accepted, stats.delivered, stats.pending_bytes, stats.pending_files) == (1, 1, 0, 0)
-    assert set(os.listdir(tmp_path / "outbox")) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
+    assert set(os.listdir(tmp_path / "outbox")) == set(layout.CONTROL_FILES)
 
 
 def test_a_directory_of_the_older_system_is_delivered_in_order_and_unchanged(existing: Path, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_directory_of_the_older_system_is_delivered_in_order_and_unchanged(exi
         assert outbox.stats().sealed["startup"] == 1
     assert delivered_rows(tmp_path / "events.db") == [*existing_events(), json.loads(msgspec.json.encode(event(1)))]
     assert len(existing_events()) == 127
-    assert set(os.listdir(existing)) == {"deliver.lock", "ledger.ndjson", "ledger.lock"}
+    assert set(os.listdir(existing)) == set(layout.CONTROL_FILES)
 
 
 def test_opening_changes_nothing_before_the_first_enqueue(existing: Path) -> None:
@@ -115,7 +115,7 @@ def test_above_max_bytes_the_event_is_dropped_and_no_segment_is_created(tmp_path
     """The drop is counted by its reason."""
     outbox = Outbox(str(tmp_path / "outbox"), max_bytes=10)
     assert outbox.enqueue(event(1)) == Dropped("max_bytes")
-    assert os.listdir(tmp_path / "outbox") == []
+    assert set(os.listdir(tmp_path / "outbox")) == set(layout.CONTROL_FILES)
     assert outbox.stats().dropped["max_bytes"] == 1
     outbox.close()
 
@@ -146,7 +146,7 @@ def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
         for _ in range(5):
             assert outbox.enqueue(bad) == Dropped("invalid")  # type: ignore[arg-type]
         assert outbox.stats().dropped["invalid"] == 5
-        assert os.listdir(tmp_path / "outbox") == []
+        assert set(os.listdir(tmp_path / "outbox")) == set(layout.CONTROL_FILES)
     messages = [entry.message for entry in caplog.records if "invalid event" in entry.message]
     assert len(messages) == 1
     assert named in messages[0]

@@ -58,9 +58,7 @@ _VERBS: Final = (
     "close",
     *BATCH_VERBS,
 )
-KEEPING: Final = frozenset(
-    {layout.DELIVER_LOCK, layout.LEDGER_LOCK, layout.LEDGER}
-)  # files that remain when everything is delivered
+KEEPING: Final = frozenset(layout.CONTROL_FILES)  # files that remain when everything is delivered
 _PRCTL: Final = ctypes.CDLL(None).prctl
 _PR_SET_PDEATHSIG: Final = 1  # the children of a killed parent are killed too
 _ID: Final = re.compile(rb'"event_id":"(\d+)-(\d+)"')

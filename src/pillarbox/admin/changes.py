@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pillarbox.store.ledger import LedgerWriter
     from pillarbox.store.ledger_entries import PurgedEntry, RepairedEntry, ReplayedEntry
 
-ADMIN_LOCK: Final = "mend.lock"
+ADMIN_LOCK: Final = layout.ADMIN_LOCK
 BATCH_PENDING: Final = (
     "the batch is still pending, and its delivery worker may write this file again; try again once it is delivered"
 )

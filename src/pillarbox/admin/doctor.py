@@ -25,7 +25,7 @@ from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, os_filesystem
 from pillarbox.store.directory import NETWORK_FILESYSTEMS, OTHERS_MASK, VOLATILE_FILESYSTEMS
 from pillarbox.store.layout import Kind
-from pillarbox.store.quota import MIN_FREE_BYTES_MAX, MIN_FREE_SHARE, SLACK_SHARE
+from pillarbox.store.quota import SLACK_SHARE, least_free
 from pillarbox.store.sealer import SealRequest
 
 if TYPE_CHECKING:
@@ -308,11 +308,12 @@ def _probe_hard_link(directory: Directory, name: str, *, needed: bool) -> Doctor
 
 def _check_free_space(directory: Directory, limits: DoctorLimits) -> DoctorFinding:
     space = directory.filesystem.disk_space(directory.path)
-    min_free_bytes = limits.min_free_bytes
-    if min_free_bytes is None:
-        min_free_bytes = min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
-    text = f"{space.free_bytes:,} bytes free; {min_free_bytes:,} must stay free (min_free_bytes)"
-    if space.free_bytes < min_free_bytes:
+    least = least_free(space, limits.min_free_bytes)
+    text = f"{space.free_bytes:,} bytes free; {least.bytes:,} must stay free (min_free_bytes)"
+    if space.free_inodes < least.inodes:
+        inodes = f"{space.free_inodes:,} inodes free; {least.inodes:,} must stay free"
+        return failed("free space", f"{inodes}, so no new event is accepted: delete files on the volume")
+    if space.free_bytes < least.bytes:
         return failed("free space", f"{text}, so no new event is accepted: free space on the volume")
     return passed("free space", text)
 

@@ -108,6 +108,7 @@ def _deliver(
     clock = SystemClock()
     directory = directory_at(settings.directory, local_filesystem(), clock)
     directory.ensure_usable()
+    directory.create_control_files()
     exporters = MetricsExporters(directory, settings, clock, metrics, otlp)
     on_dead_letter = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter).report_dead_letter
     callbacks = DeliveryCallbacks(on_duration=exporters.record_flush, on_dead_letter=on_dead_letter)

@@ -146,7 +146,7 @@ class Settler:
     def _settle_file(self, delivered: DeliveredFile) -> None:
         """Store the dead letters and damaged bytes of a file, then add it to the group."""
         try:
-            discarded = self._write_rejects(delivered)
+            discarded = self._write_rejects_with_room(delivered)
         except QuarantineFullError as full:
             self.hold_without_space(delivered, full)
             return
@@ -293,6 +293,8 @@ class Settler:
     def hold_failed(self, delivered: DeliveredFile, error: Exception) -> None:
         """Hold a file after an error, which may concern only this file."""
         name = delivered.file.name
+        if delivered.rejects is not None and isinstance(error, OSError):
+            self._directory.make_room(error)  # for the next attempt
         if not isinstance(error, OSError):
             log.error("%s: a defect in Pillarbox or in a hook", name, exc_info=error)
         self.failures_in_row += 1
@@ -322,6 +324,15 @@ class Settler:
         self._status.set_healthy("draining")
 
     # Dead letters and quarantine.
+
+    def _write_rejects_with_room(self, delivered: DeliveredFile) -> set[PurgedKind]:
+        """As `_write_rejects`. On a full volume something of less worth is given up for them, and they are written again."""
+        try:
+            return self._write_rejects(delivered)
+        except OSError as error:
+            if delivered.rejects is not None or not self._directory.make_room(error):
+                raise
+        return self._write_rejects(delivered)
 
     def _write_rejects(self, delivered: DeliveredFile) -> set[PurgedKind]:
         """Write a file's dead letters and damaged bytes; return the kinds that are discarded for lack of space."""

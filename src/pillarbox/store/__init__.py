@@ -23,6 +23,7 @@ names, `record.py` the lines; `docs/reference/file-format.md` shows both.
     doctor-<uuid>.probe          a file that `pillarbox doctor` tries operations on, and removes
     ledger.ndjson                the ledger; appended to under `ledger.lock`, replaced when it is compacted
     seal.request                 written to have all writers seal their segments; overwritten, never removed
+    mend.lock                    locked by a command that changes dead letters, quarantine or retained batches; never removed
     evict.lock                   locked by the process that evicts; never removed
     deliver.lock                 locked by the process that delivers, which writes its state into it; never removed
     sink-<name>/                 the queue of one of several sinks: hard links to batch files, and its own files as above

@@ -12,7 +12,7 @@ from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.dirscan import TIMESTAMP_MAX_MICROS
 from pillarbox.store.file_parts import parts_of
-from pillarbox.store.filesystem import concerns_one_file
+from pillarbox.store.filesystem import concerns_one_file, is_full
 from pillarbox.store.layout import Kind
 from pillarbox.store.usage import measure_usage
 from pillarbox.system import threads
@@ -79,6 +79,8 @@ class Directory:
         self._last_sealed_at = 0
         self._names_unsynced = False  # the sync after renaming has failed
         self._has_queues = False  # queues exist or were requested; once True it is not checked again
+        # deletes something that is worth less than what must be stored on a full volume; returns whether it did
+        self.give_up_room: Callable[[], bool] = lambda: False
         self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, with the problem
         self.reset_after_fork()
 
@@ -121,6 +123,18 @@ class Directory:
                 "%s is open to other users (mode %03o), and events may be personal: run chmod 700", self.path, facts.mode
             )
 
+    def create_control_files(self) -> None:
+        """Create the lock files and the ledger where they are missing, also in the queues.
+
+        Without them nobody could deliver, evict or purge once the volume has no byte and no inode left.
+        """
+        for name in layout.CONTROL_FILES:
+            with contextlib.suppress(OSError, FileUnusableError):  # whoever needs the file reports it
+                self.filesystem.close(self.filesystem.open_lock_file(self.path_of(name)))
+        with contextlib.suppress(OSError):  # as above
+            for queue in self.queues():
+                queue.create_control_files()
+
     def check_power_durability(self) -> None:
         """Check that a sync makes data durable here. Raises `DirectoryUnusableError`."""
         facts = self.filesystem.inspect_directory(self.path)
@@ -162,12 +176,17 @@ class Directory:
         return measure_usage(self.filesystem, self.path, [queue.path for queue in self.queues()])
 
     def disk_usage_at_start(self) -> DiskUsage:
-        """The disk usage. Creates a directory again that was deleted. Raises `OSError` and `DirectoryUnusableError`."""
+        """The disk usage. Creates a directory again that was deleted, and the control files.
+
+        Raises `OSError` and `DirectoryUnusableError`.
+        """
         try:
-            return self.disk_usage()
+            usage = self.disk_usage()
         except FileNotFoundError:
             self.ensure_usable()
-        return self.disk_usage()
+            usage = self.disk_usage()
+        self.create_control_files()
+        return usage
 
     def pending(self) -> tuple[int, int]:
         """The pending bytes and files; both are 0 if the directory cannot be listed."""
@@ -519,6 +538,14 @@ class Directory:
         with contextlib.suppress(OSError):
             self.remove(file.name)
         self.filesystem.close(file.fd)
+
+    def make_room(self, error: OSError) -> bool:
+        """Whether something was deleted after this error of a full volume, so that it makes sense to try again."""
+        if not is_full(error):
+            return False
+        with contextlib.suppress(OSError):
+            return (self.parent or self).give_up_room()
+        return False
 
     def remove(self, name: str) -> None:
         """Delete a file. It is no error if it is gone already."""

@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 
 _SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE})
+_EXHAUSTED: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def concerns_one_file(error: OSError) -> bool:
     """Whether an error concerns only the file on which it happened, so that the same operation may work on the next file."""
     return error.errno not in _SHORTAGES
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a volume, a quota or a limit is exhausted."""
+    return error.errno in _EXHAUSTED
 
 
 class DirectoryInfo(NamedTuple):
@@ -34,6 +40,8 @@ class DiskSpace(NamedTuple):
 
     free_bytes: int
     total_bytes: int
+    free_inodes: int = 0  # number of files that can still be created
+    total_inodes: int = 0  # 0 if the file system has no limit of its own
 
 
 class Filesystem(Protocol):

@@ -16,6 +16,9 @@ EVICT_LOCK: Final = "evict.lock"
 SEAL_REQUEST: Final = "seal.request"
 LEDGER: Final = "ledger.ndjson"
 LEDGER_LOCK: Final = "ledger.lock"
+ADMIN_LOCK: Final = "mend.lock"  # of commands that change dead letters, quarantine or retained batches
+# Created when a directory is opened: on a full volume they could not be created any more.
+CONTROL_FILES: Final = (DELIVER_LOCK, EVICT_LOCK, LEDGER_LOCK, LEDGER, ADMIN_LOCK)
 _MICROS_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
 _DELIVERED: Final = "delivered-"
 _QUEUE: Final = "sink-"

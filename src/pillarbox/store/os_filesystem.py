@@ -306,7 +306,8 @@ class OsFilesystem(SequentialBatchOps):
     def disk_space(self, path: str) -> DiskSpace:
         """The space on the volume that `path` is on."""
         status = os.statvfs(path)
-        return DiskSpace(status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize)
+        sizes = status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+        return DiskSpace(*sizes, status.f_favail, status.f_files)
 
 
 class CompiledOsFilesystem(OsFilesystem):

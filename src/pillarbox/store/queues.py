@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
+from pillarbox.store.room import give_up_room
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -18,10 +20,16 @@ def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
     parent, slash, name = path.rpartition("/")
     sink = layout.sink_of_queue(name)
     if sink is None:
-        return Directory(path, filesystem, clock)
-    main = Directory(parent or slash or ".", filesystem, clock)
+        return _directory(path, filesystem, clock)
+    main = _directory(parent or slash or ".", filesystem, clock)
     try:  # a process that makes queues holds this lock
         filesystem.close(filesystem.open_existing(main.path_of(layout.DELIVER_LOCK)))
     except (OSError, FileUnusableError):
-        return Directory(path, filesystem, clock)
+        return _directory(path, filesystem, clock)
     return main.queue(sink)
+
+
+def _directory(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
+    directory = Directory(path, filesystem, clock)
+    directory.give_up_room = partial(give_up_room, directory)
+    return directory

@@ -6,7 +6,7 @@ It runs on the sealer's thread. Other processes add and remove files too, so onl
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import compression, layout
@@ -34,6 +34,7 @@ _SPACE_CHECK_S: Final = 5.0  # the same while there is enough
 OVERSHOOT_SHARE: Final = 16  # of `max_bytes`: how much a process may append before it recounts
 MIN_FREE_BYTES_MAX: Final = 256 * 2**20  # the default of `min_free_bytes`
 MIN_FREE_SHARE: Final = 20  # one part in so many of the volume is the default if that is less
+MIN_FREE_INODES_MAX: Final = 1000  # inodes that must stay free, or one part in `MIN_FREE_SHARE` of them if that is less
 AHEAD_SHARE: Final = 4  # a quarter of `min_free_bytes` more stays free while there are retained files to delete
 # Share of the limit that eviction frees ahead of need, so that events that arrive meanwhile are not dropped.
 SLACK_SHARE: Final = 8
@@ -42,6 +43,30 @@ FILE_SHARE: Final = 16
 _COUNT_BYTES: Final = 1 << 20  # bytes of a file in memory at a time while its events are counted
 _EVICT_LOCK_WAIT_S: Final = 2.0  # for a process that evicts; it holds the lock for milliseconds
 _EVICT_AT_ONCE_MAX: Final = 32  # files evicted at a time: each holds a descriptor, and they share one sync of the ledger
+
+
+class FreeSpace(NamedTuple):
+    """The bytes and inodes that must stay free on a volume."""
+
+    bytes: int
+    inodes: int
+
+    def is_more_than(self, space: DiskSpace) -> bool:
+        """Whether the volume has less."""
+        return space.free_bytes < self.bytes or space.free_inodes < self.inodes
+
+
+def usual_free_bytes(space: DiskSpace) -> int:
+    """The default of `min_free_bytes` on a volume."""
+    return min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
+
+
+def least_free(space: DiskSpace, min_free_bytes: int | None) -> FreeSpace:
+    """What must stay free on a volume. With `min_free_bytes` 0 nothing must; None is the default."""
+    if min_free_bytes == 0:
+        return FreeSpace(0, 0)
+    inodes = min(MIN_FREE_INODES_MAX, space.total_inodes // MIN_FREE_SHARE)
+    return FreeSpace(usual_free_bytes(space) if min_free_bytes is None else min_free_bytes, inodes)
 
 
 class _EvictionCandidate:
@@ -111,13 +136,13 @@ class QuotaEnforcer:
         if now < self._next_space_check and appended - self._appended_at_check < self._recheck_after_bytes:
             return self._next_space_check - now
         space = self._space()
-        usual = min(MIN_FREE_BYTES_MAX, space.total_bytes // MIN_FREE_SHARE)
-        least = usual if self._min_free_bytes is None else self._min_free_bytes
-        ahead = usual // AHEAD_SHARE
+        least = least_free(space, self._min_free_bytes)
+        ahead = usual_free_bytes(space) // AHEAD_SHARE
+        ample = FreeSpace(least.bytes + ahead, least.inodes + least.inodes // AHEAD_SHARE)
         self._appended_at_check, self._recheck_after_bytes = appended, max(1, ahead // 2)
-        if space.free_bytes < least + ahead or in_need:
-            space = self._evict_delivered(space, least + ahead, max(1, ahead) if in_need else 0)
-        low = space.free_bytes < least
+        if ample.is_more_than(space) or in_need:
+            space = self._evict_delivered(space, ample, max(1, ahead) if in_need else 0)
+        low = least.is_more_than(space)
         self._writer.set_disk_low(low=low)
         rest = (
             _SPACE_LOW_CHECK_S if low else _SPACE_CHECK_S
@@ -128,11 +153,11 @@ class QuotaEnforcer:
     def _space(self) -> DiskSpace:
         return self._directory.filesystem.disk_space(self._directory.path)
 
-    def _evict_delivered(self, space: DiskSpace, free: int, size: int) -> DiskSpace:
+    def _evict_delivered(self, space: DiskSpace, free: FreeSpace, size: int) -> DiskSpace:
         """Delete retained files until enough is free and enough bytes were removed. Returns the space after that."""
 
         def is_enough(removed_bytes: int) -> bool:
-            return removed_bytes >= size and self._space().free_bytes >= free
+            return removed_bytes >= size and not free.is_more_than(self._space())
 
         try:
             self._evicted_delivered = evict_delivered(self._directory, is_enough) > 0

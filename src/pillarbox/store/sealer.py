@@ -285,6 +285,13 @@ class Sealer:
             self._remove_empty(file)
         self._call_on_drops()
 
+    def give_up_spares(self) -> bool:
+        """Remove the spares of this process, whose inodes something else needs. Returns whether there were any."""
+        spares = self._writer.take_spares()
+        for file in spares:
+            self._remove_empty(file)
+        return bool(spares)
+
     def _remove_empty(self, file: LockedFile) -> None:
         filesystem = self._directory.filesystem
         try:
@@ -353,8 +360,7 @@ class Sealer:
 
     def _leave_moved_segments(self) -> None:
         """Replace the spares and the active segment after the directory was moved: create new ones under the old path."""
-        for file in self._writer.take_spares():
-            self._remove_empty(file)
+        self.give_up_spares()
         self._writer.rotate("manual")
 
     def _record_sealed(self) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 from pillarbox._native import SegmentCounters
 from pillarbox.store import layout
 from pillarbox.store.directory import LockedFile
+from pillarbox.store.filesystem import is_full
 from pillarbox.system import threads
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ SPARE_RECHECK_SHARE: Final = 16
 # stay small enough to be compressed, and to be delivered soon.
 SEGMENT_BYTES_MAX: Final = 64 * 2**20
 _GROW_EVERY: Final = 8  # for every this many retired segments, the active one may hold `batch_size` events more
-_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class WriterLimits(NamedTuple):
@@ -141,7 +141,7 @@ class WriterProgress(NamedTuple):
 
 def drop_reason_of(error: OSError) -> DropReason:
     """The drop reason for an `OSError`."""
-    return "disk_full" if error.errno in _DISK_FULL else "io_error"
+    return "disk_full" if is_full(error) else "io_error"
 
 
 # The lines of a segment that stay in memory until they are durable: (offset in the file, lines).

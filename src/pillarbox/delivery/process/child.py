@@ -87,6 +87,7 @@ def _build_delivery(setup: ChildSetup, channel: ParentChannel) -> tuple[Runner, 
     clock = SystemClock()
     directory = directory_at(settings.directory, local_filesystem(), clock)
     directory.ensure_usable()
+    directory.create_control_files()
     directory.seal_after(directory.disk_usage().newest_sealed_at)
     hooks = Hooks(settings.directory, on_dead_letter=settings.on_dead_letter)
     events = DeliveryEvents()

@@ -1,0 +1,22 @@
+"""What a directory gives up on a full volume for what must be stored: spares, and batches that are retained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pillarbox.store.retention import evict_delivered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pillarbox.store.directory import Directory
+
+
+def give_up_room(directory: Directory, give_up_spares: Callable[[], bool] = lambda: False) -> bool:
+    """Remove the spares if the volume has no inode, and otherwise the retained batch that was delivered first.
+
+    Returns whether anything was removed. `give_up_spares` removes those of this process. Raises `OSError`.
+    """
+    if not directory.filesystem.disk_space(directory.path).free_inodes and give_up_spares():
+        return True
+    return evict_delivered(directory, lambda removed_bytes: removed_bytes > 0) > 0
