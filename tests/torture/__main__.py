@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from tests.torture import destinations, run
+from tests.torture import destinations, run, surroundings
 
 SHARES: Final = {
     "sqlite": 0.2,
@@ -19,6 +19,9 @@ SHARES: Final = {
     destinations.TWO: 0.25,
     "spacetimedb": 0.35,
 }  # of the time; slower destinations get more
+
+
+UNAVAILABLE: Final = "this machine has no surroundings of the kind"
 
 
 def say(text: object) -> None:
@@ -34,6 +37,7 @@ def main() -> None:
         choices=destinations.DESTINATIONS,
         help="a single destination; the default is all, each for its share of the time",
     )
+    parser.add_argument("--under", choices=surroundings.KINDS, help="where the processes run; the default is as usual")
     parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**31))
     chosen = parser.parse_args()
@@ -43,7 +47,12 @@ def main() -> None:
     for destination, share in shares.items():
         folder = Path(tempfile.mkdtemp(prefix=f"pillarbox-torture-{destination}-"))
         say(f"{destination}, seed {chosen.seed}, in {folder}")
-        reports.append(run.run(destination, chosen.minutes * 60 * share, chosen.seed, folder, say))
+        try:
+            where = surroundings.KINDS[chosen.under]() if chosen.under else None
+            reports.append(run.run(destination, chosen.minutes * 60 * share, chosen.seed, folder, say, where))
+        except surroundings.UnavailableError as error:
+            shutil.rmtree(folder)
+            sys.exit(f"{UNAVAILABLE} {chosen.under}: {error}")
         shutil.rmtree(folder)
     for report in reports:
         say(report)

@@ -17,6 +17,7 @@ from pillarbox import Outbox
 from pillarbox.store import layout
 from pillarbox.store.reconciliation import reconcile
 from tests.torture import account, destinations, events, lag, run
+from tests.torture.__main__ import UNAVAILABLE
 from tests.torture.account import Arrivals, Event, EventRecords, SharedCounters, Sums
 from tests.torture.lives import FICKLE, STEADY
 
@@ -47,6 +48,21 @@ def test_every_event_arrives_once_and_only_poisoned_events_are_dead_letters(dest
     assert figures["kills"] >= KILLS_MIN
     assert figures["events"] >= EVENTS_MIN
     assert 0 < figures["dead"] < figures["arrived"]
+
+
+@pytest.mark.parametrize(("kind", "destination"), [("gevent", "http"), ("small-memory", "http"), ("full-volume", "sqlite")])
+def test_every_event_arrives_once_in_strange_surroundings(kind: str, destination: str) -> None:
+    """Patched by gevent, in 256 MiB, or with a volume that is full half of the time."""
+    command = [sys.executable, "-m", "tests.torture", "--destination", destination, "--under", kind]
+    command += ["--minutes", "0.1", "--seed", str(SEED)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if UNAVAILABLE in process.stderr:
+        pytest.skip(process.stderr)
+    assert process.returncode == 0, process.stdout + process.stderr
+    last = process.stdout.splitlines()[-1]
+    figures = {name: int(count.replace(",", "")) for count, name in re.findall(r"([\d,]+) (kills|acknowledged|arrived)", last)}
+    assert figures["kills"] >= 10
+    assert figures["arrived"] >= figures["acknowledged"] * 0.9 > 100
 
 
 @pytest.fixture
