@@ -184,3 +184,14 @@ def test_lost_lines_are_counted_where_they_are_missing() -> None:
     whole = sum(line.endswith("x" * 500) for line in lines)
     assert loss == f"WARNING {3000 - whole:,} lines were lost here: nobody read them"
     assert lines[-3:-1] == [loss, "last"]
+
+
+def test_a_reader_that_stands_still_is_waited_for_once() -> None:
+    """Lines on standard output wait a moment for earlier ones on standard error, but not each of them."""
+    with full_pipe() as (_, writer), os.fdopen(writer, "w", closefd=False) as original:
+        stream = QueuedStream(original)
+        stream.write("text\n")
+        began = time.monotonic()
+        for _ in range(1000):
+            stream.let_catch_up(0.1)
+        assert time.monotonic() - began < SLACK_S

@@ -40,7 +40,7 @@ class EscapingConsole(Console):
         """Print texts, escaped, or what rich renders. Earlier lines on standard error come first if somebody reads them."""
         if not self.stderr:
             for stream in _queued_streams:
-                stream.drain(_ORDER_TIMEOUT_S)
+                stream.let_catch_up(_ORDER_TIMEOUT_S)
         super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
 
 

@@ -27,6 +27,7 @@ class QueuedStream(io.TextIOBase):
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0  # including what is being written
         self._lost_lines = 0
+        self._is_stuck = False  # somebody has waited in vain, and nothing was written since
         self._thread: threads.Thread | None = None
 
     @property
@@ -69,6 +70,12 @@ class QueuedStream(io.TextIOBase):
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
 
+    def let_catch_up(self, timeout: float) -> None:
+        """Wait a moment until everything is written, but not again while the reader stands still."""
+        with self._changed:
+            if not self._is_stuck:
+                self._is_stuck = not self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
+
     def _append(self, data: bytes) -> None:
         self._waiting.append(data)
         self._waiting_bytes += len(data)
@@ -87,6 +94,7 @@ class QueuedStream(io.TextIOBase):
             self._write_out(data)
             with self._changed:
                 self._waiting_bytes -= len(data)
+                self._is_stuck = False
                 if not self._waiting_bytes:
                     self._append_loss()
                 self._changed.notify_all()
