@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 MEMORY_BYTES: Final = 256 * 2**20  # of all processes of a round together
 VOLUME_BYTES: Final = 48 * 2**20
@@ -55,6 +55,11 @@ class Gevent(Surroundings):
     def __init__(self) -> None:
         if importlib.util.find_spec("gevent") is None:
             raise UnavailableError("gevent is not installed")
+        for name in ("monkey", "os", "queue", "select", "signal", "socket", "ssl", "subprocess", "thread", "threading", "time"):
+            importlib.import_module(f"gevent.{name}")  # so that the processes, which live for seconds, have it at once
+        # Patching looks for plug-ins of gevent 25 times in the metadata of all packages, which takes most of its time.
+        events: Any = importlib.import_module("gevent.events")
+        events.notify_and_call_entry_points = events.notify
 
     def enter(self) -> None:
         """Patch everything."""
