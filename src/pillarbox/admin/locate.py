@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -11,6 +11,7 @@ from pillarbox.admin import dead_letters, quarantine
 from pillarbox.admin.scan import all_directories, files_by_batch, read_first_available, scan_files, split_lines
 from pillarbox.admin.tail import ACCEPTED, ACTIVE
 from pillarbox.admin.text import counted
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger_entries import (
@@ -23,8 +24,8 @@ from pillarbox.store.ledger_entries import (
     ReplayedEntry,
     SealedEntry,
     SettledEntry,
-    parse_ledger,
 )
+from pillarbox.store.ledger_reader import read_parts
 from pillarbox.store.reader import DamagedRange
 
 if TYPE_CHECKING:
@@ -103,13 +104,6 @@ class FileSummary(msgspec.Struct, frozen=True, kw_only=True):
     last_micros: int | None  # latest of them
 
 
-class _QueueLedger(NamedTuple):
-    """The ledger of the outbox directory or of a queue."""
-
-    sink: str
-    entries: list[LedgerEntry]
-
-
 class Locator:
     """Searches one snapshot of the files and ledgers. Creating it raises `OSError` if a directory cannot be listed."""
 
@@ -117,12 +111,9 @@ class Locator:
         self.problems: list[FileProblem] = []
         self._header_decoder = header_decoder
         self._identity_decoder = identity_decoder
-        # The ledgers last: a batch that is delivered meanwhile is then among the files or in a ledger.
+        # The ledgers are read later: a batch that is delivered meanwhile is then among the files or in a ledger.
         self._files = scan_files(directory)
-        self._ledgers = [
-            _QueueLedger(scanned.sink, parse_ledger(scanned.read_small_file(layout.LEDGER))[0])
-            for scanned in all_directories(directory)
-        ]
+        self._directories = all_directories(directory)
 
     @property
     def total_bytes(self) -> int:
@@ -145,13 +136,12 @@ class Locator:
             HistoryEntry(
                 state=_ENTRY_STATES.get(type(entry), "other"),
                 at_micros=entry.at_micros,
-                sink=ledger.sink,
+                sink=directory.sink,
                 file="",
                 text=_describe_entry(entry),
             )
-            for ledger in self._ledgers
-            for entry in ledger.entries
-            if getattr(entry, "batch", None) == batch
+            for directory in self._directories
+            for entry in _entries_of(directory, batch)
         ]
         from_files = [self._file_entry(file) for file in self._files if batch and file.batch == batch]
         return BatchHistory(batch, sorted(from_ledgers, key=lambda entry: entry.at_micros or 0) + from_files)
@@ -278,6 +268,19 @@ class Locator:
             first_micros=times[0] if times else None,
             last_micros=times[-1] if times else None,
         )
+
+
+def _entries_of(directory: Directory, batch: str) -> Iterator[LedgerEntry]:
+    """The entries of a batch in the ledger of a directory, which may be larger than the memory."""
+    try:
+        fd = directory.filesystem.open_existing(directory.path_of(layout.LEDGER))
+    except (FileNotFoundError, FileUnusableError):
+        return
+    try:
+        for part in read_parts(directory.filesystem, fd):
+            yield from (entry for entry in part.entries if getattr(entry, "batch", None) == batch)
+    finally:
+        directory.filesystem.close(fd)
 
 
 def _complete_lines(file: FileRef, part: FilePart) -> Iterator[ScannedLine]:

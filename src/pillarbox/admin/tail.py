@@ -21,8 +21,10 @@ from pillarbox.admin.scan import (
 )
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
+from pillarbox.store.file_parts import end_of_last_line
 from pillarbox.store.layout import Kind
-from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry, parse_ledger
+from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
+from pillarbox.store.ledger_reader import read_parts
 from pillarbox.store.os_filesystem import file_identity, open_file_identity
 from pillarbox.store.windows import WINDOW_BYTES
 
@@ -133,14 +135,13 @@ class GapDetector:
             file, size = open_file_identity(fd), filesystem.size(fd)
             if file != self._file or size < self._offset:
                 self._file, self._offset = file, 0
-            data = filesystem.read_at(fd, self._offset, size - self._offset) if size > self._offset else b""
+            start, self._offset = self._offset, end_of_last_line(filesystem, fd, size)
+            parts = read_parts(filesystem, fd, start, self._offset)
+            return [entry for part in parts for entry in part.entries if isinstance(entry, (SealedEntry, AdoptedEntry))]
         except OSError:
             return []
         finally:
             filesystem.close(fd)
-        data = data[: data.rfind(b"\n") + 1]
-        self._offset += len(data)
-        return [entry for entry in parse_ledger(data)[0] if isinstance(entry, (SealedEntry, AdoptedEntry))]
 
 
 class _OpenSegment:

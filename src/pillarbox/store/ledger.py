@@ -20,9 +20,8 @@ from pillarbox.store.ledger_entries import (
     LedgerEntry,
     LostEntry,
     encode_entries,
-    parse_ledger,
 )
-from pillarbox.store.reconciliation import compact_entries
+from pillarbox.store.reconciliation import compact_entries, read_ledger
 from pillarbox.store.state_log import StateLog
 from pillarbox.system import threads
 
@@ -226,8 +225,8 @@ class LedgerWriter:
         self._drop_from_buffer(entries)
         if size >= self._compact_at_bytes:
             try:
-                self._compact(filesystem.read_all(fd))
-            except (OSError, FileUnusableError) as error:
+                self._compact()
+            except (OSError, FileUnusableError, MemoryError) as error:
                 log.warning("%s: the ledger could not be compacted: %s", self._directory.path, error)
                 self._compact_at_bytes = size + COMPACT_BYTES
         return entries
@@ -253,13 +252,13 @@ class LedgerWriter:
             filesystem.truncate(fd, size)
             raise
 
-    def _compact(self, data: bytes) -> None:
+    def _compact(self) -> None:
         """Sum up finished batches, so that the file does not grow without end. Call it with the lock held."""
-        entries, unread = parse_ledger(data)
-        if unread:
-            log.warning("%s: unreadable lines dropped from the ledger: %d", self._directory.path, unread)
         # otherwise a power loss could bring back files that are summed up
         self._directory.filesystem.sync_directory(self._directory.path)
+        entries, unread = read_ledger(self._directory)
+        if unread:
+            log.warning("%s: unreadable lines dropped from the ledger: %d", self._directory.path, unread)
         present = {layout.batch_id(name) for name in self._directory.batch_names()}
         lines = encode_entries(compact_entries(entries, present, self._clock.micros()))
         self._directory.write_atomically(layout.LEDGER, lines)

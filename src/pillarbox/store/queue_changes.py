@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.dirscan import ALL_NAMES
-from pillarbox.store.ledger_entries import QueueRenamedEntry, ReturnedEntry, parse_ledger
-from pillarbox.store.reconciliation import LedgerFold
+from pillarbox.store.ledger_entries import QueueRenamedEntry, ReturnedEntry
+from pillarbox.store.reconciliation import LedgerFold, read_ledger
 from pillarbox.store.windows import count_records
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _return_batches(queue: Directory, outbox: Directory, ledger: LedgerWriter, c
         with contextlib.suppress(FileExistsError):
             filesystem.link(queue.path_of(name), outbox.path_of(name))
     filesystem.sync_directory(outbox.path)
-    fold = LedgerFold(parse_ledger(outbox.read_small_file(layout.LEDGER))[0])
+    fold = LedgerFold(read_ledger(outbox).entries)
     for name in names:
         # A name that the outbox directory had already was never fanned out, or returned by an attempt that was cut short.
         if name not in outbox_names or fold.may_be_fanned_out(layout.batch_id(name)):

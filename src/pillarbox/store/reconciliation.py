@@ -41,8 +41,8 @@ from pillarbox.store.ledger_entries import (
     SealedEntry,
     SettledEntry,
     SummaryEntry,
-    parse_ledger,
 )
+from pillarbox.store.ledger_reader import LedgerPart, read_parts
 from pillarbox.store.windows import count_records
 from pillarbox.system import threads
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
+_ENTRIES_MAX: Final = 50_000  # of a ledger, in memory; a compacted one has a tenth of that
 RECENT_BATCHES_MAX: Final = 1000  # finished batches that are not summed up yet: a late or repeated entry must find them
 WRITERS_MAX: Final = 64  # writers with a row of their own in a summary; earlier ones share a row
 
@@ -466,7 +467,7 @@ def _reconcile_once(
     directory: Directory, progress: Callable[[int, int], None], known_counts: dict[str, FileCounts]
 ) -> ReconciliationReport:
     """One attempt. Batch files never change, so those in `known_counts` are not read again; new ones are added to it."""
-    before, _ = _read_entries(directory)
+    before = _batch_ids(read_ledger(directory).entries)
     # Twice, as in `Directory.waiting_batch_ids`: a file that is compressed meanwhile must not be missed.
     listing = sorted(dict(entry for _ in range(2) for entry in directory.filesystem.list_files(directory.path)).items())
     total = sum(size for name, size in listing if layout.kind_of(name) in _COUNTED_KINDS)
@@ -503,18 +504,39 @@ def _reconcile_once(
             else:
                 active[name] = msgspec.structs.replace(_UNREADABLE_COUNTS, writer=layout.writer_of(name))
     progress(total, total)
-    entries, unread = _read_entries(directory)
+    entries, unread = read_ledger(directory)
     present = {name for name, _ in directory.filesystem.list_files(directory.path)}
     still_active = [file for name, file in active.items() if name in present]
-    ignored = _batch_ids(entries) - _batch_ids(before) - sealed.keys()
+    ignored = _batch_ids(entries) - before - sealed.keys()
     settled = {entry.batch for entry in entries if isinstance(entry, (SettledEntry, FannedOutEntry, EvictedEntry))}
     # Dead letters of a batch that is not settled yet are written before the ledger has them.
     dead_on_disk = sum(count for batch, count in dead.items() if batch in settled or batch not in sealed)
     return ReconciliationReport(reconcile_entries(entries, sealed, still_active, ignored, dead_on_disk), unread, unreadable)
 
 
-def _read_entries(directory: Directory) -> tuple[list[LedgerEntry], int]:
-    return parse_ledger(directory.read_small_file(layout.LEDGER))
+def read_ledger(directory: Directory) -> LedgerPart:
+    """The entries of the ledger of a directory; none where there is no ledger. Raises `OSError`.
+
+    Of a large one, finished batches are summed up while it is read, as when the file is compacted: the totals are the same.
+    """
+    filesystem = directory.filesystem
+    try:
+        fd = filesystem.open_existing(directory.path_of(layout.LEDGER))
+    except (FileNotFoundError, FileUnusableError):
+        return LedgerPart([], 0)
+    try:
+        entries: list[LedgerEntry] = []
+        unread, entries_max = 0, _ENTRIES_MAX
+        for part in read_parts(filesystem, fd):
+            entries += part.entries
+            unread += part.unread
+            if len(entries) > entries_max:
+                present = {layout.batch_id(name) for name in directory.batch_names()}
+                entries = compact_entries(entries, present, entries[-1].at_micros)
+                entries_max = _ENTRIES_MAX + 2 * len(entries)
+        return LedgerPart(entries, unread)
+    finally:
+        filesystem.close(fd)
 
 
 def _batch_ids(entries: list[LedgerEntry]) -> set[str]:
