@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pillarbox import lifecycle
 from pillarbox._native import CommitFuture
 from pillarbox.background import Activity, BackgroundWork, DropReporter, RunnerLink
-from pillarbox.backpressure import BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
+from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import Codec, EventEncoder
 from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
@@ -195,6 +195,7 @@ class Outbox(metaclass=OutboxMeta):
             evicts=evicts,
             on_drops=self._drop_reporter.report if self._hooks.has_on_drop else None,
             ledger=self._ledger,
+            uncounted_drops=FULL_REASONS if settings.when_full == "block" else (),
         )
         self._background = BackgroundWork(self.name, self._clock, self._sealer, self._link, self._committer, self._ledger)
         self._directory.give_up_room = partial(give_up_room, self._directory, self._sealer.give_up_spares)
@@ -420,12 +421,15 @@ class Outbox(metaclass=OutboxMeta):
                 return self._started
             self._starter, self._is_starting = threads.caller_id(), True
             try:
+                attempted, problem = "list the directory", ""
                 usage = self._directory.disk_usage_at_start()
-                problem = ""
                 if not self._closed:
+                    attempted = "start its parts"
                     problem = self._start_parts(usage)
-            except (OSError, DirectoryUnusableError) as error:
-                problem = f"cannot list the directory: {error}"
+            except OSError as error:
+                problem = f"cannot {attempted}: {error}"
+            except DirectoryUnusableError as error:
+                problem = str(error)
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,8 +106,9 @@ def test_batches_are_not_fanned_out_while_a_ledger_is_locked(tmp_path: Path, que
     assert {name: row.delivered for name, row in rows.items() if name} == {"a": 20, "b": 20}
 
 
-def test_nothing_is_evicted_while_the_ledger_is_locked(tmp_path: Path) -> None:
-    """New events are dropped meanwhile, and the state says why."""
+def test_nothing_is_evicted_while_the_ledger_is_locked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """New events are dropped meanwhile, and the state says why. The end is logged as that of this problem."""
+    caplog.set_level(logging.INFO, "pillarbox")
     box = tmp_path / "box"
     limits = {"batch_size": 1, "max_bytes": 5000, "min_free_bytes": 0}
     with Outbox(str(box), sink=closed_port_url(), when_full="drop_oldest", **limits) as outbox:  # type: ignore[arg-type]
@@ -119,10 +121,11 @@ def test_nothing_is_evicted_while_the_ledger_is_locked(tmp_path: Path) -> None:
             assert dropped
             wait_until(lambda: "ledger.lock" in outbox._sealer.problem)
             assert outbox.stats().evicted == 0
-            oldest = batch_files(box)[0]
         wait_until(lambda: outbox.stats().evicted > 0)
         wait_until(lambda: not outbox._sealer.problem)
-        assert oldest not in batch_files(box)
+        ends = [entry for entry in caplog.records if ": over after" in entry.message]
+        assert [entry.levelname for entry in ends] == ["ERROR"]
+        assert f"nothing can be evicted: another process holds {box}/ledger.lock" in ends[0].message
     report = reconcile(open_directory(box)).reconciliation
     assert report.balances, report
     assert report.total.evicted > 0

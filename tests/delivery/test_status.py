@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import threading
 from typing import TYPE_CHECKING
 
@@ -107,22 +108,26 @@ def test_each_state_is_the_same_in_the_heartbeat_and_logged_once(
     rules = QUICK_CONFIG._replace(recheck_s=300.0, pacing=PacingConfig(outage_s=math.inf))
     worker = make_worker(outbox_dir, sink, config=rules, clock=clock)
     seal_batch(outbox_dir, 1, b"1")
+    size = outbox_dir.pending()[0]
     thread = ThreadRunner(worker)
     thread.start()
     before = 0
+    began = clock.micros()
     states: list[tuple[StateName, str]] = [("waiting", "busy"), ("waiting", "busy"), ("stopped", "no such table")]
     for name, reason in states:
         before = wait_for_next_retry(worker, before)
         beat = read_heartbeat(outbox_dir)
         assert beat is not None
+        assert 0 <= (beat.failing_since_micros or 0) - began < 10_000_000  # the clock moves a little
         assert (beat.state, beat.last_error) == (State(name, reason, before), reason)
         assert 290_000_000 < before - clock.micros() <= 300_000_000
         clock.advance(300.0)
     assert worker.idle.wait(60)
     assert thread.stop(30)
     said = [entry.message for entry in caplog.records if entry.message.startswith("test: ")]
-    assert said == [
+    assert [re.sub(r"after 90\d s", "after 900 s", line) for line in said] == [
         "test: waiting: busy (delivered 0, dead letters 0, failed attempts 1)",
         "test: stopped: no such table (delivered 0, dead letters 0, failed attempts 3)",
-        "test: draining (delivered 0, dead letters 0, failed attempts 3)",
+        f"test: draining, works again after 900 s; delayed: 1 file, {size} bytes (delivered 0, dead letters 0, failed attempts 3)",
     ]
+    assert [entry.levelname for entry in caplog.records if entry.message.startswith("test: ")] == ["WARNING", "ERROR", "ERROR"]

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
-from pillarbox.admin.text import counted
+from pillarbox.admin.status import describe_dropped, is_recent_loss
+from pillarbox.admin.text import counted, format_duration
 from pillarbox.delivery.lease import HEARTBEAT_STALE_AFTER_S
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout, os_filesystem
@@ -61,7 +62,22 @@ _REMEDIES: Final = {
     errno.EIO: "replace the disk; the kernel log shows its errors",
     errno.EMFILE: "raise the limit of open files",
 }
+_CONTAINER_FILESYSTEMS: Final = frozenset({"overlay", "overlayfs", "aufs", "fuse-overlayfs", "fuse.fuse-overlayfs"})
 _USE_LOCAL_DISK: Final = "use a directory on a local filesystem, such as ext4 or XFS"
+_ROOM: Final = "have the backlog delivered, or raise the limit"
+_SPACE: Final = "free space on the volume"
+_DROP_REMEDIES: Final = {
+    "max_bytes": _ROOM,
+    "max_files": _ROOM,
+    "timeout": _ROOM,
+    "would_block": _ROOM,
+    "disk_full": _SPACE,
+    "disk_low": _SPACE,
+    "disk_slow": "use a faster disk",
+    "io_error": "see the log of the application",
+    "closed": "the application enqueues after it has closed the outbox",
+    "invalid": "the log of the application says which fields are wrong",
+}
 _ADD_WORKER: Final = "run pillarbox deliver, or an application with a sink"
 
 
@@ -70,7 +86,8 @@ class DoctorFinding(NamedTuple):
 
     ok: bool  # the check passed
     check: str  # the name of the check
-    text: str  # what was found; if not `ok`, also what to do about it
+    text: str  # what was found; if not `ok`, or with a warning, also what to do about it
+    warning: bool = False  # the check passed, but there is something that somebody should know of
 
 
 def passed(check: str, text: str) -> DoctorFinding:
@@ -81,6 +98,11 @@ def passed(check: str, text: str) -> DoctorFinding:
 def failed(check: str, text: str) -> DoctorFinding:
     """A finding that needs action; `text` says which."""
     return DoctorFinding(ok=False, check=check, text=text)
+
+
+def warning(check: str, text: str) -> DoctorFinding:
+    """A finding that does not break what is configured, but that somebody should know of; `text` says what to do."""
+    return DoctorFinding(ok=True, check=check, text=text, warning=True)
 
 
 class DoctorLimits(NamedTuple):
@@ -147,7 +169,18 @@ def _check_directory(directory: Directory, limits: DoctorLimits) -> list[DoctorF
     if limits.power and facts.filesystem_type in VOLATILE_FILESYSTEMS:
         text = f'{facts.filesystem_type} is in memory, which durability "power" cannot use: {_USE_LOCAL_DISK}'
         return [*findings, failed("filesystem", text)]
-    return [*findings, passed("filesystem", facts.filesystem_type or "type unknown; this system does not report it")]
+    return [*findings, _check_medium(facts.filesystem_type)]
+
+
+def _check_medium(filesystem_type: str) -> DoctorFinding:
+    """Whether what is stored outlives a restart of the machine or container."""
+    if filesystem_type in VOLATILE_FILESYSTEMS:
+        text = f"{filesystem_type} is in memory: a restart of the machine or container deletes all pending events"
+        return warning("filesystem", f"{text}: {_USE_LOCAL_DISK}")
+    if filesystem_type in _CONTAINER_FILESYSTEMS:
+        text = f"{filesystem_type}: in a container this is deleted with it, and with it all pending events"
+        return warning("filesystem", f"{text}: mount a volume, and use a directory on it")
+    return passed("filesystem", filesystem_type or "type unknown; this system does not report it")
 
 
 def probe_filesystem(directory: Directory, clock: Clock, *, power: bool, needs_hard_links: bool = False) -> list[DoctorFinding]:
@@ -469,9 +502,31 @@ def _check_worker(
             return failed("delivery", f"{text}; a process with this number exists: if it is the delivery worker, restart it")
         return failed("delivery", f"{text}; the process has ended: {_ADD_WORKER}")
     text = f"{label}process {heartbeat.pid}, sink {heartbeat.sink}: {heartbeat.state}; {pending}"
+    if heartbeat.state.name == "waiting":
+        since = ""
+        if heartbeat.failing_since_micros is not None:
+            failing_s = (heartbeat.at_micros - heartbeat.failing_since_micros) / 1e6 + age_s
+            since = f", failing for {format_duration(max(0.0, failing_s))}"
+        remedy = "check the destination, for example with pillarbox check; events are kept and delivery is retried"
+        return failed("delivery", f"{text}{since}: {remedy}")
     if heartbeat.state.name in ("stopped", "degraded"):
         return failed("delivery", f"{text}: fix the cause that is named")
     return passed("delivery", text)
+
+
+def check_drops(status: OutboxStatus, now_micros: int) -> DoctorFinding:
+    """Events that `enqueue` did not store, in any process, as far as the ledger knows."""
+    if not status.dropped:
+        return passed("drops", "the ledger has no dropped events")
+    text = f"{describe_dropped(status.dropped, now_micros)}, were not stored"
+    remedies = [
+        _DROP_REMEDIES[reason]
+        for reason, dropped in status.dropped.items()
+        if is_recent_loss(reason, dropped, now_micros) and reason in _DROP_REMEDIES
+    ]
+    if not remedies:
+        return passed("drops", text)
+    return failed("drops", f"{text}: {'; '.join(dict.fromkeys(remedies))}")
 
 
 def check_heartbeats(status: OutboxStatus, now_micros: int) -> Iterator[DoctorFinding]:

@@ -19,6 +19,16 @@ def counted(number: int, singular: str, plural: str = "") -> str:
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
+def format_duration(seconds: float | None) -> str:
+    """Seconds in the largest unit of which there are at least two; "-" for None."""
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} s"
+
+
 def parse_time(text: str, now_micros: int) -> int:
     """Parse an age such as `2h` or `3d`, or an ISO 8601 time, which is UTC unless it has an offset.
 

@@ -10,6 +10,7 @@ from pillarbox.admin.doctor import (
     DoctorFinding,
     DoctorLimits,
     check_delivery,
+    check_drops,
     check_heartbeats,
     check_queues,
     failed,
@@ -58,8 +59,9 @@ def doctor(
         print_json([finding._asdict() for finding in findings])
     else:
         out.print(f'{settings.directory}, durability "{settings.durability}"')
-        for ok, check, text in findings:
-            out.print(f"  {'ok ' if ok else 'BAD'}  {check}: {text}", style=None if ok else "red")
+        for ok, check, text, is_warning in findings:
+            word = "WARN" if is_warning else "ok  " if ok else "BAD "
+            out.print(f"  {word} {check}: {text}", style="yellow" if is_warning else None if ok else "red")
     return ExitCode.DONE if all(finding.ok for finding in findings) else ExitCode.PARTIAL
 
 
@@ -82,8 +84,9 @@ def _directory_findings(settings: Settings, clock: Clock) -> list[DoctorFinding]
     )
     findings = run_checks(directory, clock, limits)
     try:
-        status = read_status(directory, clock, settings.durability)
-        findings += [*check_delivery(status), *check_heartbeats(status, clock.micros())]
+        status = read_status(directory, clock, settings.durability, settings.max_bytes)
+        now = clock.micros()
+        findings += [*check_delivery(status), check_drops(status, now), *check_heartbeats(status, now)]
         return [*findings, *check_queues(directory, _destinations(settings), status)]
     except (OSError, DirectoryUnusableError):
         return findings  # they say already why the directory cannot be used

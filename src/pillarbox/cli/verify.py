@@ -150,7 +150,11 @@ def _notes(report: ReconciliationReport) -> list[str]:
         notes.append(f"{counted(reconciliation.dead_missing, 'dead letter')} missing: not on disk, not replayed, not purged")
     if reconciliation.lost_entries:
         entries = counted(reconciliation.lost_entries, "ledger entry", "ledger entries")
-        notes.append(f"{entries} lost: the disk was full when they were written")
+        notes.append(f"{entries} lost: they could not be written, and did not fit into memory")
+    if reconciliation.dropped:
+        reasons = ", ".join(f"{reason} {events:,}" for reason, events in sorted(reconciliation.dropped.items()))
+        dropped = counted(sum(reconciliation.dropped.values()), "event")
+        notes.append(f"{dropped} dropped and never accepted: {reasons}")
     if report.unread_entries:
         lines = counted(report.unread_entries, "ledger line")
         notes.append(f"{lines} not read: damaged, or written by a later version of Pillarbox")

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pillarbox.admin.status import OutboxStatus, describe_state, read_status
-from pillarbox.admin.text import counted, format_time
+from pillarbox.admin.text import counted, format_duration, format_time
 from pillarbox.cli.output import discard_stdout, flush_stdout, print_json_line, screen_console, write_line
 from pillarbox.cli.signals import interrupt_on_sigterm
 from pillarbox.errors import FileUnusableError
@@ -81,17 +81,18 @@ class _RateInput(NamedTuple):
 class StatusWatcher:
     """Takes samples and computes rates from the samples before."""
 
-    def __init__(self, directory: Directory, clock: Clock, durability: str) -> None:
+    def __init__(self, directory: Directory, clock: Clock, durability: str, max_bytes: int = 0) -> None:
         self._directory = directory
         self._clock = clock
         self._durability = durability
+        self._max_bytes = max_bytes
         self._rate_inputs: deque[_RateInput] = deque(maxlen=_RATE_SAMPLES + 1)
         self._read_to: int | None = None  # of the ledger
         self._sealed_events = self._sealed_bytes = 0
 
     def sample(self) -> StatusSample:
         """Take a sample; raises `DirectoryUnusableError` if the directory cannot be listed."""
-        status = read_status(self._directory, self._clock, self._durability)
+        status = read_status(self._directory, self._clock, self._durability, self._max_bytes)
         has_ledger = self._read_ledger()
         self._rate_inputs.append(
             _RateInput(self._clock.monotonic(), status, self._sealed_events, self._sealed_bytes, has_ledger)
@@ -181,11 +182,11 @@ def _sink_rows(status: OutboxStatus) -> list[_SinkRow]:
 
 
 def watch_until_stopped(
-    directory: Directory, clock: Clock, durability: str, *, interval: float, samples: int, json: bool
+    directory: Directory, clock: Clock, durability: str, max_bytes: int = 0, *, interval: float, samples: int, json: bool
 ) -> None:
     """Show a sample every `interval` seconds until interrupted, or until `samples` are shown (0: no limit)."""
     interrupt_on_sigterm()
-    watcher = StatusWatcher(directory, clock, durability)
+    watcher = StatusWatcher(directory, clock, durability, max_bytes)
     console = screen_console()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and not json else None
     pause = threads.Event()
@@ -221,8 +222,8 @@ def sample_line(sample: StatusSample) -> str:
         sink_rates = rates.sinks[sink.name]
         name = f"{sink.name}: {counted(sink.waiting_files, 'file')} pending, " if sink.name else ""
         parts.append(
-            f"{name}oldest {_duration(sink.oldest_age_s)}, out {_rate(sink_rates.out_events_per_s, 'events')}, "
-            f"empty in {_duration(sink_rates.empty_in_s)}, {describe_state(sink.heartbeat, sink.heartbeat_age_s)}"
+            f"{name}oldest {format_duration(sink.oldest_age_s)}, out {_rate(sink_rates.out_events_per_s, 'events')}, "
+            f"empty in {format_duration(sink_rates.empty_in_s)}, {describe_state(sink.heartbeat, sink.heartbeat_age_s)}"
         )
     totals = (
         ("dead letters", status.dead_files),
@@ -260,9 +261,9 @@ def sample_screen(sample: StatusSample) -> Group:
         table.add_row(
             Text(name),
             _size(sink.waiting_bytes),
-            _duration(sink.oldest_age_s),
+            format_duration(sink.oldest_age_s),
             out,
-            _duration(sink_rates.empty_in_s),
+            format_duration(sink_rates.empty_in_s),
             f"{sink.dead_files:,}",
         )
         states.append(_state_text(name, sink))
@@ -285,15 +286,6 @@ def _files_and_bytes(files: int, size: int) -> str:
 
 def _rate(rate: float | None, unit: str) -> str:
     return f"- {unit}/s" if rate is None else f"{rate:,.0f} {unit}/s"
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:,.0f} s"
 
 
 def _size(size: float) -> str:

@@ -446,4 +446,4 @@ class FanOutRunner:
             if self._state_log.is_new_problem(problem):
                 log.error("%s: %s", self._directory.path, problem)
         elif self._state_log.is_over():
-            log.info("%s: all batches are fanned out again", self._directory.path)
+            log.error("%s: %s", self._directory.path, self._state_log.describe_end())

@@ -34,6 +34,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     last_error: str = ""  # the last failure of a call; "" if there was none
     durability: str = ""  # durability of the outbox in that process; "" if it only delivers
     boot_id: str = ""  # id of the machine's current boot; "" if it is unknown
+    failing_since_micros: int | None = None  # since when nothing can be delivered; None while delivery works
     monotonic_s: float = 0.0  # when it was written, by the monotonic clock of that boot
 
     def age_s(self, clock: Clock) -> float:
@@ -61,6 +62,7 @@ class Lease:
         self._durability = durability
         self._fd = -1
         self._next_heartbeat = 0.0
+        self.failing_since_micros: int | None = None  # when `acquire` succeeded, since when it had failed in another process
 
     @property
     def is_held(self) -> bool:
@@ -78,6 +80,8 @@ class Lease:
         locked_file = self._directory.acquire_lock_file(layout.DELIVER_LOCK)
         if locked_file is not None:
             self._fd = locked_file.fd
+            previous = read_heartbeat(self._directory)
+            self.failing_since_micros = previous.failing_since_micros if previous is not None else None
         return self.is_held
 
     def write_heartbeat(self, state: State, delivered: int, last_error: str, *, now: bool = False) -> None:
@@ -95,6 +99,7 @@ class Lease:
             _encodable(last_error),
             self._durability,
             boot_id(),
+            self.failing_since_micros,
             now_s,
         )
         try:

@@ -155,6 +155,7 @@ class ExternalRunner:
         self._started_s = clock.monotonic()
         self._checked_s = self._started_s
         self._is_silent = False
+        self._silent_since_s = 0.0
 
     def start(self) -> None:
         """Do nothing: somebody else starts the other process."""
@@ -172,8 +173,13 @@ class ExternalRunner:
         is_silent = self._silent_seconds(read_heartbeat(self._directory)) is not None
         if is_silent != self._is_silent:
             self._is_silent = is_silent
-            level, text = (logging.WARNING, _NO_DELIVERY) if is_silent else (logging.INFO, "delivery has resumed")
-            log.log(level, "%s: %s", self._directory.path, text)
+            if is_silent:
+                self._silent_since_s = now
+                log.warning("%s: %s", self._directory.path, _NO_DELIVERY)
+            else:
+                pending_bytes, pending_files = self._directory.pending()
+                text = "%s: a process delivers again, after %.0f s; pending: %d files, %d bytes"
+                log.warning(text, self._directory.path, now - self._silent_since_s, pending_files, pending_bytes)
 
     def sinks(self) -> dict[str, SinkStats]:
         """The stats of each sink, from its heartbeat."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery.config import jitter
 from pillarbox.delivery.rejects import FileRejects, RequiredSpace, encode_index, encode_letters, quarantine_bytes
+from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite
@@ -250,7 +251,9 @@ class Settler:
         except OSError as error:
             path = self._directory.path
             if self._sync_log.is_new_problem(str(error)):
-                log.warning("%s: directory fsync failed (%s); deleted files may reappear after a power loss", path, error)
+                log.warning(
+                    "%s: directory fsync failed (%s); a power loss may undo the last renames and deletions", path, error
+                )
         else:
             self._sync_log.is_over()
 
@@ -295,7 +298,7 @@ class Settler:
         name = delivered.file.name
         if delivered.rejects is not None and isinstance(error, OSError):
             self._directory.make_room(error)  # for the next attempt
-        if not isinstance(error, OSError):
+        if not isinstance(error, (OSError, FileUnusableError, MemoryError)):
             log.error("%s: a defect in Pillarbox or in a hook", name, exc_info=error)
         self.failures_in_row += 1
         before = self._held_files.get(name)

@@ -9,6 +9,8 @@ from pillarbox.stats import State, StateName
 from pillarbox.store.state_log import StateLog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pillarbox.clock import Clock
     from pillarbox.delivery.lease import Lease
     from pillarbox.stats import DeliveryCounters
@@ -16,13 +18,26 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 _LEVELS: Final = {"stopped": logging.ERROR, "waiting": logging.WARNING, "degraded": logging.WARNING}
+_NOTED_S: Final = 1.0  # a shorter outage does not replace the one that was noted before
+_FAILING_STATES: Final = frozenset({"waiting", "stopped"})  # nothing can be delivered
 _HEALTHY_STATES: Final = frozenset({"idle", "draining"})  # a change between these is not logged
 
 
 class StatusReporter:
     """The state of one worker and its last error. Written by the worker's thread, read by any."""
 
-    def __init__(self, sink_name: str, clock: Clock, counters: DeliveryCounters, lease: Lease) -> None:
+    def __init__(
+        self,
+        sink_name: str,
+        clock: Clock,
+        counters: DeliveryCounters,
+        lease: Lease,
+        pending: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        self._pending = pending  # bytes and files that are pending
+        self._failing_since_s = 0.0  # monotonic
+        self._logged_level = logging.WARNING  # of the last problem
+        self._outage = ""  # how long the last one lasted, and how much it delayed; empty once it is logged
         self._sink_name = sink_name
         self._clock = clock
         self._counters = counters
@@ -44,21 +59,43 @@ class StatusReporter:
             self.heartbeat()
             return
         stays_healthy = {before.name, name} <= _HEALTHY_STATES
+        self._note_failing(before.name, name)
         if name not in _HEALTHY_STATES and self._state_log.is_new_problem(f"{name}: {reason}"):
-            self._log_state()
+            self._logged_level = _LEVELS.get(name, logging.INFO)
+            self._log_state("")
         self.heartbeat(now=not stays_healthy)
 
-    def _log_state(self) -> None:
+    def _log_state(self, addition: str) -> None:
+        """Log the state, at the level of the problem that began or is over."""
         counters = self._counters
         log.log(
-            _LEVELS.get(self.state.name, logging.INFO),
-            "%s: %s (delivered %d, dead letters %d, failed attempts %d)",
+            self._logged_level,
+            "%s: %s%s (delivered %d, dead letters %d, failed attempts %d)",
             self._sink_name,
             self.state,
+            addition,
             counters.delivered,
             counters.dead,
             counters.failed_flushes,
         )
+
+    def _note_failing(self, before: StateName, name: StateName) -> None:
+        """Note since when nothing can be delivered, and when that is over how long it lasted and how much it delayed."""
+        if name in _FAILING_STATES:
+            if before not in _FAILING_STATES:
+                self._failing_since_s = self._clock.monotonic()
+                # A process that takes over from one for which the destination failed goes on counting.
+                inherited = self._lease.failing_since_micros if self._counters.delivered == 0 else None
+                self._lease.failing_since_micros = self._clock.micros() if inherited is None else inherited
+        elif before in _FAILING_STATES and self._lease.failing_since_micros is not None:
+            by_wall_clock = (self._clock.micros() - self._lease.failing_since_micros) / 1e6
+            seconds = max(self._clock.monotonic() - self._failing_since_s, by_wall_clock)
+            self._lease.failing_since_micros = None
+            if seconds >= _NOTED_S or not self._outage:
+                pending_bytes, pending_files = self._pending()
+                noun = "file" if pending_files == 1 else "files"
+                delayed = f"{pending_files} {noun}, {pending_bytes} bytes"
+                self._outage = f", works again after {seconds:.0f} s; delayed: {delayed}"
 
     def set_healthy(self, name: StateName) -> None:
         """The destination works: enter a healthy state, or `degraded` if there are warnings."""
@@ -83,5 +120,6 @@ class StatusReporter:
     def heartbeat(self, *, now: bool = False) -> None:
         """Write the heartbeat, at most once a second unless it must be `now`."""
         if self.state.name in _HEALTHY_STATES and self._state_log.is_over():
-            self._log_state()
+            self._log_state(self._outage or f"; {self._state_log.describe_end()}")
+            self._outage = ""
         self._lease.write_heartbeat(self.state, self._counters.delivered, self.last_error, now=now)

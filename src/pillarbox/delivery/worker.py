@@ -90,7 +90,7 @@ class Worker:
         self._ledger = ledger
         self.counters = DeliveryCounters()
         self.lease = Lease(directory, self._sink_name, clock, durability)
-        self._status = StatusReporter(self._sink_name, clock, self.counters, self.lease)
+        self._status = StatusReporter(self._sink_name, clock, self.counters, self.lease, directory.pending)
         context = DeliveryContext(
             directory, self._sink, self._sink_name, clock, config, self.counters, self.lease, self._status
         )

@@ -7,7 +7,9 @@ from os import getpid
 from platform import python_version
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from pillarbox.admin.backlog import DropTotal, EventCounter, LedgerFacts
 from pillarbox.delivery.lease import read_heartbeat
+from pillarbox.outcome import DROP_REASONS
 from pillarbox.system import threads
 from pillarbox.telemetry import PENDING_METRICS, Metric, sink_attributes
 
@@ -53,6 +55,8 @@ class DirectoryMetrics(NamedTuple):
     file_kinds: list[FileKindMetrics]
     space: DiskSpace
     settings: Settings
+    pending_events: int
+    dropped: dict[str, DropTotal]
 
 
 class DirectoryCollector:
@@ -83,6 +87,8 @@ class DirectoryCollector:
         directory = self._directory
         usage = directory.disk_usage()
         queues = [(queue, queue.disk_usage()) for queue in directory.queues()]
+        now = self._clock.micros()
+        facts = [LedgerFacts(one, now) for one in (directory, *(queue for queue, _ in queues))]
         rest = _usage_by_kind(usage)
         for _, queue_usage in queues:  # the directory's usage includes its queues
             rest = [
@@ -100,6 +106,8 @@ class DirectoryCollector:
             file_kinds,
             directory.filesystem.disk_space(directory.path),
             self._settings,
+            EventCounter(facts).count([directory, *(queue for queue, _ in queues)]).events,
+            facts[0].dropped,
         )
 
     def _read_queue(self, queue: Directory, usage: DiskUsage) -> QueueMetrics:
@@ -121,6 +129,12 @@ def _usage_by_kind(usage: DiskUsage) -> list[tuple[str, int, int]]:
         ("quarantine", usage.corrupt_bytes, usage.corrupt_files),
         ("delivered", usage.delivered_bytes, usage.delivered_files),
     ]
+
+
+def _dropped_by_reason(directory: DirectoryMetrics) -> Iterator[Measurement]:
+    """Each reason from the beginning, also without a drop: a rate needs a first value."""
+    for reason in dict.fromkeys((*DROP_REASONS, *directory.dropped)):
+        yield directory.dropped[reason].events if reason in directory.dropped else 0, {"reason": reason}
 
 
 def _heartbeat_ages(directory: DirectoryMetrics) -> Iterator[Measurement]:
@@ -148,6 +162,14 @@ def _build_info(_directory: DirectoryMetrics) -> Iterator[Measurement]:
 # Metrics of a `DirectoryMetrics`.
 DIRECTORY_METRICS: Final = (
     *PENDING_METRICS,
+    Metric("pending.events", "{event}", "Events pending delivery", "gauge", lambda d: [(d.pending_events, {})]),
+    Metric(
+        "directory.dropped",
+        "{event}",
+        "Events that no process stored in the directory, from the ledger",
+        "counter",
+        _dropped_by_reason,
+    ),
     Metric("limit.bytes", "By", "max_bytes in this process", "gauge", lambda d: [(d.settings.max_bytes, {})]),
     Metric("limit.files", "{file}", "max_files in this process", "gauge", lambda d: [(d.settings.max_files, {})]),
     Metric(

@@ -38,7 +38,7 @@ _BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; entries beyond it are 
 _LOCK_TRIES: Final = 1000  # the lock is held for microseconds, except during compaction
 _LOCK_PAUSE_S: Final = 0.001
 _LOCKED_OUT_S: Final = 1.0  # a lock that is held so long is reported
-LOCKED_PROBLEM: Final = "another process holds ledger.lock; delivered batches wait for it, to be counted"
+LOCKED_PROBLEM: Final = "another process holds ledger.lock; what must be counted first waits for it"
 
 
 class LedgerWrite(Enum):

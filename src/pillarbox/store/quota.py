@@ -335,7 +335,8 @@ class QuotaEnforcer:
             ledger.add(*entries)
             if ledger.write(sync=True) is LedgerWrite.LOCKED:
                 ledger.withdraw(entries)
-                raise BlockingIOError(f"{directory.path}: nothing can be evicted: another process holds ledger.lock")
+                lock_path = directory.path_of(layout.LEDGER_LOCK)
+                raise BlockingIOError(f"nothing can be evicted: another process holds {lock_path}")
         while candidates:
             candidate = candidates.pop(0)
             try:
@@ -362,7 +363,7 @@ class QuotaEnforcer:
 
     def _log_eviction_end(self) -> None:
         if self._eviction_log.is_over():
-            log.info("%s: no longer full; events evicted so far: %d", self._directory.path, self.evicted_events)
+            log.warning("%s: no longer full; events evicted so far: %d", self._directory.path, self.evicted_events)
 
 
 def _events_in(filesystem: Filesystem, file: LockedFile) -> int | None:

@@ -13,6 +13,7 @@ import msgspec
 
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
+from pillarbox.store.drops import DropRecorder
 from pillarbox.store.ledger_entries import AdoptedEntry, SealedEntry
 from pillarbox.store.quota import QuotaEnforcer
 from pillarbox.store.recovery import recover
@@ -22,7 +23,7 @@ from pillarbox.store.writer import RETIRED_MAX
 from pillarbox.system import threads
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from pillarbox.clock import Clock
     from pillarbox.store.directory import Directory, LockedFile
@@ -101,6 +102,7 @@ class Sealer:
     """Seals what a `Writer` retires. `on_sealed()` is called from its thread after segments were sealed.
 
     `on_drops(totals)` is called from it in every round and at the end, with the number of dropped events by reason.
+    `uncounted_drops` are reasons of drops that are taken back before the next attempt.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Sealer:
         evicts: bool = False,
         on_drops: Callable[[dict[str, int]], None] | None = None,
         ledger: LedgerWriter | None = None,
+        uncounted_drops: Collection[str] = (),
     ) -> None:
         self._directory = directory
         self._writer = writer
@@ -142,8 +145,8 @@ class Sealer:
             1 if syncs_spare_names else RETIRED_MAX
         )  # segments synced in one call; a caller that waits for one of them waits for all
         self._active_since: tuple[str, float] | None = None
-        self._logged_drops = dict(writer.dropped)
-        self._drop_logs: dict[str, StateLog] = {}  # by reason
+        writer_id = writer._writer_id  # noqa: SLF001 - the ledger's entries have the writer's id
+        self._drop_recorder = DropRecorder(directory.path, writer_id, clock, ledger, self._drop_totals, uncounted_drops)
         self._disk_log = StateLog(clock)
         self._sync_log = StateLog(clock)
         self.problem = ""  # problem of the last round; empty if there was none
@@ -244,7 +247,7 @@ class Sealer:
             problem = str(error)
             wait = _RETRY_S
         self._log_disk_state(problem)
-        self._log_drops()
+        self._report_drops()
         self._call_on_drops()
         if self._ledger_behind:
             self._write_ledger()
@@ -283,6 +286,7 @@ class Sealer:
                 self._directory.filesystem.close(left.locked_file.fd)
         for file in empty:
             self._remove_empty(file)
+        self._report_drops(is_last=True)
         self._call_on_drops()
 
     def give_up_spares(self) -> bool:
@@ -397,25 +401,19 @@ class Sealer:
             if self._disk_log.is_new_problem(problem):
                 log.error("%s: %s", self._directory.path, problem)
         elif self._disk_log.is_over():
-            log.info("%s: writing works again", self._directory.path)
+            log.error("%s: %s", self._directory.path, self._disk_log.describe_end())
 
-    def _log_drops(self) -> None:
-        """Log when drops for a reason begin, and their number when they end."""
-        now = dict(self._writer.dropped)
-        for reason, total in now.items():
-            drop_log = self._drop_logs.setdefault(reason, StateLog(self._clock))
-            if total > self._logged_drops[reason]:
-                if drop_log.is_new_problem(reason):
-                    log.warning("%s: dropping events: %s", self._directory.path, reason)
-            elif drop_log.is_over():
-                log.info("%s: no longer dropping events: %s; dropped so far: %d", self._directory.path, reason, total)
-        self._logged_drops = now
+    def _report_drops(self, *, is_last: bool = False) -> None:
+        if self._drop_recorder.report(is_last=is_last):
+            self._write_ledger()
+
+    def _drop_totals(self) -> dict[str, int]:
+        with self._writer.lock:  # while another thread holds it, a drop may be counted and uncounted
+            return dict(self._writer.dropped)
 
     def _call_on_drops(self) -> None:
         if self._on_drops is not None:
-            with self._writer.lock:  # while another thread holds it, a drop may be counted and uncounted
-                totals = dict(self._writer.dropped)
-            self._on_drops(totals)
+            self._on_drops(self._drop_totals())
 
 
 REQUEST_POLL_S: Final = 0.25  # how long a request may remain unnoticed while a writer has something to seal

@@ -35,12 +35,17 @@ class StateLog:
         self._well_since: float | None = None
         self._last_end = -_REPEAT_S
         self._calm_s = 0.0
+        self._problem = ""  # the text of the last problem
+        self._began_at = self._lasted_s = 0.0
 
     def is_new_problem(self, problem: str) -> bool:
         """Note that there is a problem; whether to log it."""
         kind, now = kind_of(problem), self._clock.monotonic()
         is_first = not self._current
         self._well_since = None
+        self._problem = problem
+        if is_first:
+            self._began_at = now
         if kind == self._current:
             return False
         if is_first:
@@ -63,4 +68,9 @@ class StateLog:
         if now - self._well_since < self._calm_s:
             return False
         self._current, self._last_end = "", now
+        self._lasted_s = self._well_since - self._began_at
         return True
+
+    def describe_end(self) -> str:
+        """Once it is over: how long the last problem lasted, and which one it was."""
+        return f"over after {self._lasted_s:.0f} s: {self._problem}"
