@@ -56,7 +56,7 @@ with open("ids-parent", "w") as file:
 @pytest.mark.slow
 @pytest.mark.parametrize("pure_python", ["", "1"], ids=["compiled", "Python"])
 @pytest.mark.parametrize("first_use", ["before", "after"])
-@pytest.mark.parametrize("settings", [{}, {"durability": "power"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"durability": "power"}, {"deliver": "process"}], ids=str)
 def test_events_of_children_forked_in_c_have_their_own_ids_and_arrive_once(
     tmp_path: Path, pure_python: str, first_use: str, settings: dict[str, str]
 ) -> None:

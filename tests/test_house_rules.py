@@ -61,6 +61,7 @@ OS_NAMES = {
     "forks.py": {"getpid", "register_at_fork", "stat"},
     "outbox.py": {"PathLike"},
     "delivery/process/child.py": {"_exit", "dup2"},
+    "system/processes.py": {"O_RDONLY", "POSIX_SPAWN_CLOSE", "POSIX_SPAWN_DUP2", "POSIX_SPAWN_OPEN", "devnull", "environ"},
     "sinks/spacetimedb/url.py": {"environ"},  # may hold a token
     "sinks/http/sink.py": {"environ"},  # variables that the URL names
     "delivery/lease.py": {"getpid"},

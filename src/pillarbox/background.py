@@ -9,6 +9,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 from pillarbox.backpressure import FULL_REASONS
+from pillarbox.forks import process_id
 from pillarbox.log_records import write_waiting_records
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class BackgroundWork:
         self._link = link
         self._committer = committer
         self._ledger = ledger
+        self._process_id = process_id()
+
+    def belongs_here(self) -> bool:
+        """Whether the threads are of this process, and not of one that forked it."""
+        return self._process_id == process_id()
 
     def request_end(self) -> None:
         """Start to seal what is left."""

@@ -50,6 +50,11 @@ def after_fork_in_child(callback: Callable[[], object], *, last: bool = False) -
     (_last if last else _first).append(callback)
 
 
+def process_id() -> int:
+    """The id of this process."""
+    return getpid()
+
+
 def was_forked_in_c() -> bool:
     """For callbacks: whether no hook ran before the fork, so that other threads may have been in the middle of an operation."""
     return not _hook_ran

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import warnings
 from abc import ABCMeta
 from typing import Any, Final, Protocol
 from weakref import WeakSet
@@ -10,7 +12,9 @@ from weakref import WeakSet
 from pillarbox.clock import SystemClock
 from pillarbox.forks import after_fork_in_child
 from pillarbox.log_records import leave_blocked_handlers
+from pillarbox.system import threads
 
+DROPPED_TIMEOUT_S: Final = 5.0  # for the last deliveries of an outbox that was dropped without `close`
 EXIT_TIMEOUT_S: Final = 2.0  # time for the last deliveries of all outboxes together when the program exits
 
 
@@ -28,6 +32,21 @@ class ManagedOutbox(Protocol):
 
     def _shadow_enqueue(self) -> None:
         """Give the instance a faster `enqueue`, unless that of its class was replaced."""
+
+
+class ManagedBackground(Protocol):
+    """The threads of an outbox, as far as this module uses them."""
+
+    name: str
+
+    def belongs_here(self) -> bool:
+        """Whether they are threads of this process."""
+
+    def request_end(self) -> None:
+        """Start to end them."""
+
+    def end(self, timeout: float) -> None:
+        """End them."""
 
 
 class OutboxMeta(ABCMeta):
@@ -53,12 +72,26 @@ def add_outbox(outbox: ManagedOutbox) -> None:
     _outboxes.add(outbox)
 
 
+def end_dropped(background: ManagedBackground) -> None:
+    """End the threads of an outbox that is garbage collected without having been closed, and warn of it."""
+    if not background.belongs_here():
+        return
+    background.request_end()
+    thread = threads.Thread(target=background.end, name="pillarbox-close", args=(DROPPED_TIMEOUT_S,))
+    with contextlib.suppress(RuntimeError):  # the system has no thread to give; what is sealed waits for the next start
+        thread.start()
+        _ending[:] = [earlier for earlier in _ending if earlier.is_alive()] + [thread]
+    text = f"{background.name}: the outbox was dropped without close; use it in a `with` block, or call close"
+    warnings.warn(text, ResourceWarning, stacklevel=3)
+
+
 def keep_from_parent(*objects: object) -> None:
     """In a forked child: keep the parent's objects alive, so that the child never closes or releases anything of theirs."""
     _kept_from_parent.append(objects)
 
 
 _outboxes: WeakSet[ManagedOutbox] = WeakSet()
+_ending: list[threads.Thread] = []  # close outboxes that were dropped
 _kept_from_parent: list[Any] = []
 
 
@@ -68,6 +101,7 @@ def _shadow_all_enqueues() -> None:
 
 
 def _after_fork() -> None:
+    _ending.clear()
     for outbox in list(_outboxes):
         outbox._reset_after_fork()  # noqa: SLF001
 
@@ -78,6 +112,8 @@ def _at_exit() -> None:
     closing = [outbox for outbox in list(_outboxes) if outbox._begin_close()]  # noqa: SLF001
     for outbox in closing:
         outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
+    for thread in _ending:
+        thread.join(max(0.0, deadline - clock.monotonic()))
     leave_blocked_handlers()
 
 

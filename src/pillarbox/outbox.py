@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pillarbox import lifecycle
 from pillarbox._native import CommitFuture
+from pillarbox.awaiting import run_on_thread
 from pillarbox.background import Activity, BackgroundWork, DropReporter, RunnerLink
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
 from pillarbox.clock import Clock, SystemClock
@@ -67,8 +68,8 @@ class Outbox(metaclass=OutboxMeta):
     """A durable outbox in a directory: it stores events on the local disk and delivers them in the background.
 
     The directory is created and checked at once. At first use (`enqueue`, `flush` or `with`) the outbox takes over what earlier
-    writers left and starts its threads. It may be shared between threads and used after a fork. Use it as a context manager,
-    or call `close`; at the exit of the program open outboxes are closed.
+    writers left and starts its threads. It may be shared between threads and used after a fork. Use it as a context manager
+    (`with` or `async with`), or call `close`; at the exit of the program open outboxes are closed.
 
     Args:
         directory: Path of the outbox directory. Several processes may use one directory.
@@ -497,6 +498,10 @@ class Outbox(metaclass=OutboxMeta):
             return False
         return wait_until_delivered(self._directory, self._link.runner, clock, deadline)
 
+    async def aflush(self, timeout: float = 5.0) -> bool:  # noqa: ASYNC109 - as `flush`
+        """`flush` for coroutines: the event loop runs on meanwhile."""
+        return await run_on_thread(partial(self.flush, timeout))
+
     def stats(self) -> Stats:
         """A snapshot; cheap. Before first use it lists the directory."""
         check_fork()
@@ -523,6 +528,11 @@ class Outbox(metaclass=OutboxMeta):
         if self._begin_close():
             self._finish_close(timeout)
 
+    async def aclose(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as `close`
+        """`close` for coroutines: the event loop runs on meanwhile. Cancelling does not stop it."""
+        if self._begin_close():
+            await run_on_thread(partial(self._finish_close, timeout))
+
     def _begin_close(self) -> bool:
         """Stop accepting events, and start to seal. False if there is nothing to close."""
         check_fork()
@@ -544,6 +554,19 @@ class Outbox(metaclass=OutboxMeta):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    async def __aenter__(self) -> Self:
+        await run_on_thread(self._start)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_started") and not self._closed:
+            lifecycle.end_dropped(self._background)
 
     def __repr__(self) -> str:
         sinks = {name: text for name, (_, text) in self._sinks.items()}

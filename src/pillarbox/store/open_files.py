@@ -34,6 +34,14 @@ def close_unknown_files(directory: str) -> None:
                 os.close(int(name))
 
 
+def close_files_above(fd: int) -> None:
+    """Close all files with a higher descriptor."""
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 - the names are numbers, not paths
+        with contextlib.suppress(OSError):  # the descriptor that lists them is closed already
+            if int(name) > fd:
+                os.close(int(name))
+
+
 def path_of_open_file(fd: int) -> str:
     """The current path of an open file. Raises `OSError` if the system does not know it."""
     if sys.platform == "darwin":

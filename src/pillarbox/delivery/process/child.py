@@ -33,6 +33,7 @@ from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import PillarboxError
 from pillarbox.hooks import Hooks
 from pillarbox.store.ledger import LedgerWriter
+from pillarbox.store.open_files import close_files_above
 from pillarbox.store.os_filesystem import local_filesystem
 from pillarbox.store.queues import directory_at
 from pillarbox.system import threads
@@ -64,6 +65,7 @@ def main(descriptor: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     with contextlib.suppress(OSError):
         os.dup2(2, 1)  # what an imported module prints must not mix with the application's output
+    close_files_above(descriptor)  # C code of the parent may have opened them without excluding child processes
     connection = Socket(fileno=descriptor)
     lines = read_lines(connection)
     first = next(lines, None)

@@ -118,10 +118,10 @@ def decode_settings(data: msgspec.Raw) -> Settings:
     return msgspec.json.decode(data, type=Settings, dec_hook=find)
 
 
-def read_lines(connection: Socket) -> Iterator[bytes]:
-    """Yield what the other process sends, line by line, until it closes the socket."""
+def read_lines(connection: Socket, has_data: Callable[[], bool] = lambda: True) -> Iterator[bytes]:
+    """Yield what the other process sends, line by line, until it closes the socket or `has_data` says that it is over."""
     rest = b""
-    while True:
+    while has_data():
         try:
             data = connection.recv(_READ_BYTES)
         except OSError:

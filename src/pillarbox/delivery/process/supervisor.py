@@ -32,7 +32,7 @@ from pillarbox.stats import COUNTER_FIELDS, DeliveryCounters, SinkStats, State, 
 from pillarbox.store.os_filesystem import exists
 from pillarbox.store.state_log import StateLog
 from pillarbox.system import threads
-from pillarbox.system.processes import original_subprocess
+from pillarbox.system.processes import INHERITED_FD, SystemProcess
 from pillarbox.system.sockets import MSG_DONTWAIT, Socket, selectors, socket_pair
 
 if TYPE_CHECKING:
@@ -48,11 +48,13 @@ log = logging.getLogger("pillarbox")
 _STANDBY_POLL_S: Final = 0.25  # between two attempts to acquire the lease
 _START_TIMEOUT_S: Final = 30.0  # time for the child to start and import; meanwhile no other process can deliver
 _KILL_GRACE_S: Final = 1.0  # after the time that the child has to end; then it is killed
+_CHILD_POLL_S: Final = 1.0  # between two looks whether the child has ended, while it sends nothing
 _REAP_TIMEOUT_S: Final = 5.0  # time to end for a child that has closed its socket
 _STABLE_AFTER_S: Final = 10.0  # a child that lives for so long has started successfully
 _RESTART_BACKOFF: Final = Backoff()
 _CHILD_CODE: Final = (
-    "import sys; sys.path[:] = sys.argv[2:]; from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
+    "import os, sys; sys.argv[2] and os.chdir(sys.argv[2]); sys.path[:] = sys.argv[3:]; "
+    "from pillarbox.delivery.process.child import main; main(int(sys.argv[1]))"
 )
 
 
@@ -74,7 +76,6 @@ class Supervisor:
         self._clock = clock
         self._callbacks = callbacks
         self._lease = Lease(directory, ", ".join(name or url for name, url in sinks.items()), clock, settings.durability)
-        original_subprocess()  # imported now, as a thread that delivers must not import
         self._stopping = threads.Event()
         self._deadline = 0.0  # monotonic seconds, once `stop` is called
         self._order_lock = threads.Lock()
@@ -267,25 +268,20 @@ class _ChildProcess:
 
     def __init__(self, working_directory: str) -> None:
         """Start the child in a working directory, or in that of this process if the directory is gone."""
-        subprocess = original_subprocess()
-        # A process forked meanwhile must not inherit the socket, or neither end would notice the other's death.
+        directory = working_directory if exists(working_directory) else ""
+        # A process forked meanwhile must not inherit the sockets, or neither end would notice the other's death.
         with fork_lock:
             self._socket, theirs = socket_pair()
-            _open_sockets.add(self._socket)
+            _open_sockets.update((self._socket, theirs))
             try:
-                command = [find_interpreter(), "-P", "-c", _CHILD_CODE, str(theirs.fileno()), *_import_paths()]
-                self._process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    cwd=working_directory if exists(working_directory) else None,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                )
+                command = [find_interpreter(), "-P", "-c", _CHILD_CODE, str(INHERITED_FD), directory, *_import_paths()]
+                self._process = SystemProcess(command, theirs.fileno())
             except BaseException:
                 _open_sockets.discard(self._socket)
                 self._socket.close()
                 raise
             finally:
+                _open_sockets.discard(theirs)
                 theirs.close()
         self.pid = self._process.pid
 
@@ -301,7 +297,14 @@ class _ChildProcess:
             selector.register(self._socket, selectors.EVENT_READ)
             if not selector.select(_START_TIMEOUT_S):
                 self.kill()
-        return read_lines(self._socket)
+
+            def has_data() -> bool:
+                while not selector.select(_CHILD_POLL_S):
+                    if self._process.poll() is not None:  # a process that C code forked may have its end of the socket too
+                        return bool(selector.select(0))
+                return True
+
+            yield from read_lines(self._socket, has_data)
 
     def send_order(self, order: bytes) -> None:
         """Send an order, unless the socket is full or closed."""
@@ -318,15 +321,15 @@ class _ChildProcess:
         with fork_lock:
             _open_sockets.discard(self._socket)
             self._socket.close()
-        try:
-            self._process.wait(_REAP_TIMEOUT_S)
-        except original_subprocess().TimeoutExpired:
+        if not self._process.wait(_REAP_TIMEOUT_S):
             self.kill()
-            self._process.wait()
+            self._process.wait(_REAP_TIMEOUT_S)
 
     def exit_description(self) -> str:
         """How the process ended."""
         code = self._process.returncode
+        if code is None:
+            return "cannot be killed"
         if code < 0:
             return f"ended by signal {-code} ({signal.strsignal(-code)})"
         return f"ended with exit code {code}"
