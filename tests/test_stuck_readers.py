@@ -85,7 +85,7 @@ from pillarbox import Outbox
 from tests.conftest import event
 writer, url, deliver = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 stream = sys.stderr if sys.argv[4] == "stderr" else os.fdopen(writer, "w")
-logging.basicConfig(stream=stream, level=logging.INFO)
+logging.basicConfig(stream=stream, level=getattr(logging, sys.argv[5]))
 outbox = Outbox("box", sink=url, flush_interval=0.01, deliver=deliver)
 assert outbox.enqueue(event(1))
 assert outbox.flush(60), outbox.stats()
@@ -95,12 +95,15 @@ print(time.monotonic() - began, flush=True)
 """
 
 
+@pytest.mark.parametrize("level", ["INFO", "DEBUG"])
 @pytest.mark.parametrize("stream", ["pipe", "stderr"])
 @pytest.mark.parametrize("deliver", ["thread", "process"])
-def test_a_program_goes_on_and_ends_although_its_log_handler_blocks(deliver: str, stream: str, tmp_path: Path) -> None:
-    """Delivery in a thread, and the thread that hears of the delivery process."""
+def test_a_program_goes_on_and_ends_although_its_log_handler_blocks(
+    deliver: str, stream: str, level: str, tmp_path: Path
+) -> None:
+    """Delivery in a thread, and the thread that hears of the delivery process; at DEBUG, what the transport logs as well."""
     with failing_at_first(3) as server, full_pipe() as (_, writer):
-        command = [sys.executable, "-c", PROGRAM, str(writer), server.url(), deliver, stream]
+        command = [sys.executable, "-c", PROGRAM, str(writer), server.url(), deliver, stream, level]
         with subprocess.Popen(
             command,
             cwd=tmp_path,

@@ -61,6 +61,8 @@ class RelayFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the handlers are called at once, by this thread."""
+        if self._logger is not log and not (record.threadName or "").startswith(_THREAD_PREFIX):
+            return True  # the application's
         return not _relay.takes(record) or not _relay.hand_over(self._logger, record)
 
 
@@ -71,15 +73,17 @@ def relay_record(logger: logging.Logger, record: logging.LogRecord) -> None:
 
 
 def prepare_log_records() -> None:
-    """Before threads of the package are started, on a thread of the application: start the greenlet that calls handlers.
+    """Before threads of the package are started, on a thread of the application.
 
+    Has what asyncio and httpcore log on them handed over too, and starts the greenlet that calls handlers under eventlet.
     Under eventlet the locks of handlers know the greenlets of one thread only, and a thread that waits for one waits for ever.
     """
-    if replacing_library() == "eventlet" and _relay.start_greenlet():
-        for name in _OTHER_LOGGERS:
-            logger = logging.getLogger(name)
-            if not any(isinstance(known, RelayFilter) for known in logger.filters):
-                logger.addFilter(RelayFilter(logger))
+    for name in _OTHER_LOGGERS:
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, RelayFilter) for known in logger.filters):
+            logger.addFilter(RelayFilter(logger))
+    if replacing_library() == "eventlet":
+        _relay.start_greenlet()
 
 
 def write_waiting_records() -> None:
