@@ -440,5 +440,6 @@ def test_if_no_process_delivers_for_long_the_state_says_so(outbox_dir: Directory
         elsewhere.notify()
         assert elsewhere.sinks()[""].state == State("waiting", "busy")
         lease.release()
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "a process delivers again, after " in caplog.records[1].message
     assert elsewhere.stop(0)
