@@ -205,7 +205,9 @@ def first_finder(mutant: mutants.Mutant) -> str:
 
 
 def run_mutants() -> Figures:
-    """Run each mutant until a harness finds it."""
+    """Run each mutant until a harness finds it. Raises if a harness finds something in the correct code."""
+    say("mutants: each harness on the correct code first")
+    mutants.bounds_from_correct_code(mutants.MUTANTS)
     survivors: list[str] = []
     output_lock = threading.Lock()
 

@@ -346,6 +346,7 @@ def patched(mutant: Mutant) -> str:
 
 def copy_package(mutant: Mutant | None, workdir: Path) -> Path:
     """Copy the package, with a mutant or unchanged. Returns the folder of the copy."""
+    workdir.chmod(0o755)  # some tests work as another user, also in temporary directories below it
     shutil.copytree(PACKAGE, workdir / "pillarbox", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     shutil.copytree(SOURCES, workdir / "speedups")
     if mutant is not None:
@@ -400,19 +401,32 @@ def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compile
         }
 
 
+def bounds_from_correct_code(mutants: Iterable[Mutant]) -> dict[tuple[str, bool], float]:
+    """How many seconds each harness may take on a mutant, by its name and whether the order is compiled.
+
+    Runs each harness that these mutants need on the correct code. Raises `RuntimeError` if one finds a violation there: it would
+    find it in every mutant.
+    """
+    needed = {(harness, mutant.is_compiled) for mutant in mutants for harness in chosen_for(mutant)}
+
+    def bound(case: tuple[str, bool]) -> float:
+        harness, compiled = case
+        verdict = run_harnesses(None, {harness: SECONDS_AS_IT_IS}, compiled=compiled)[harness]
+        if verdict.found:
+            raise RuntimeError(f"{harness} finds a violation in the correct code: {verdict.why}")
+        return max(SECONDS_MAX, PATIENCE * verdict.seconds)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        cases = sorted(needed)
+        return dict(zip(cases, pool.map(bound, cases), strict=True))
+
+
 def run(names: Iterable[str] | None = None, progress: Callable[[str], None] | None = None) -> Table:
     """The verdicts on mutants. Raises `RuntimeError` if a harness finds a violation in the correct code."""
     named = {mutant.name: mutant for mutant in MUTANTS}
     mutants = MUTANTS if names is None else [named[name] for name in names]
     begin = time.monotonic()
-    bounds: dict[tuple[str, bool], float] = {}
-    for compiled in {mutant.is_compiled for mutant in mutants}:
-        needed = {harness for mutant in mutants if mutant.is_compiled == compiled for harness in chosen_for(mutant)}
-        as_it_is = run_harnesses(None, {name: SECONDS_AS_IT_IS for name in HARNESSES if name in needed}, compiled=compiled)
-        for harness, verdict in as_it_is.items():
-            if verdict.found:
-                raise RuntimeError(f"{harness} finds a violation in the correct code: {verdict.why}")
-            bounds[harness, compiled] = max(SECONDS_MAX, PATIENCE * verdict.seconds)
+    bounds = bounds_from_correct_code(mutants)
 
     def judged(mutant: Mutant) -> dict[str, Verdict]:
         verdicts = run_harnesses(mutant, {harness: bounds[harness, mutant.is_compiled] for harness in chosen_for(mutant)})

@@ -40,13 +40,9 @@ def pending_bytes(path: str) -> int:
 def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path) -> None:
     """The newest events remain, without a gap; accepted = pending + evicted."""
     with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * LINE_BYTES, flush_interval=0.05) as outbox:
-        accepted = []
+        accepted = [f"e-{number:06d}" for number in range(2000)]
         for number in range(2000):
-            if outbox.enqueue(event(number)):
-                accepted.append(f"e-{number:06d}")
-            if number % 5 == 0:
-                # wait: the sealer needs time to evict
-                threading.Event().wait(0.005)
+            wait_until(lambda number=number: bool(outbox.enqueue(event(number))))  # the sealer needs time to evict
         wait_until(lambda: outbox.stats().pending_bytes <= 100 * LINE_BYTES)
     stats = outbox.stats()
     remaining = ids_on_disk(tmp_path / "outbox")
