@@ -27,7 +27,7 @@ SAMPLE = [
 NAMED = {mutant.name: mutant for mutant in MUTANTS}
 
 
-def test_exists(name: str) -> bool:
+def is_existing_test(name: str) -> bool:
     """Whether there is a module of tests, and the test that is named after it."""
     module, _, test = name.partition("::")
     path = mutants.ROOT / module
@@ -39,7 +39,7 @@ def test_mutants_have_unique_names_descriptions_and_existing_harnesses() -> None
     assert len(NAMED) == len(MUTANTS) >= MUTANTS_MIN
     assert all(mutant.breaks for mutant in MUTANTS)
     assert {name for mutant in MUTANTS for name in mutant.also if "/" not in name} <= HARNESSES.keys()
-    assert not [name for mutant in MUTANTS for name in mutants.first_tests(mutant) if not test_exists(name)]
+    assert not [name for mutant in MUTANTS for name in mutants.first_tests(mutant) if not is_existing_test(name)]
 
 
 def test_the_excluded_tests_exist() -> None:

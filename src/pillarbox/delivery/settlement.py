@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.delivery.config import jitter
 from pillarbox.delivery.rejects import FileRejects, RequiredSpace, encode_index, encode_letters, quarantine_bytes
-from pillarbox.errors import FileUnusableError
+from pillarbox.errors import FileUnusableError, PicklableError
 from pillarbox.store import layout
 from pillarbox.store.layout import Kind
 from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite
@@ -78,7 +78,7 @@ class DeliveryCallbacks(NamedTuple):
 NO_CALLBACKS: Final = DeliveryCallbacks()
 
 
-class QuarantineFullError(Exception):
+class QuarantineFullError(PicklableError):
     """Dead letters or damaged bytes would exceed a limit; the message names the limit and what to do."""
 
     def __init__(self, reasons: str, required: RequiredSpace) -> None:
