@@ -61,7 +61,7 @@ def server_binary() -> str:
     return completed.stdout.strip()
 
 
-class Server:
+class BenchServer:
     """A server with an empty table."""
 
     def __init__(self, port: int) -> None:
@@ -89,7 +89,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path, expected: int) -> Iterator[Server]:
+def running_server(folder: Path, expected: int) -> Iterator[BenchServer]:
     """Run a server for one round; at the end, it must have the expected number of events."""
     folder.mkdir()
     with socket.socket() as free_socket:
@@ -102,7 +102,7 @@ def running_server(folder: Path, expected: int) -> Iterator[Server]:
         server = None
         for _ in range(1000):
             with contextlib.suppress(OSError):
-                server = Server(port)
+                server = BenchServer(port)
                 break
             time.sleep(0.02)
         if server is None:
@@ -140,7 +140,7 @@ def request_bodies(directory: Path) -> Iterator[bytes]:
         yield encode([rows])
 
 
-def post_bodies(server: Server, request_bodies: Iterable[bytes]) -> None:
+def post_bodies(server: BenchServer, request_bodies: Iterable[bytes]) -> None:
     """Post all bodies over one connection, each made while the previous request is in flight; then confirm them with a ping."""
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {server.token}"}
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from bench.results import Goal, Results, Section, Spread
+    from bench.results import GoalResult, Results, SectionResult, Spread
 
 IDLE_LOAD_MAX = 0.5  # load at the start of a run above which something else must be running
 
@@ -25,28 +25,28 @@ def spread(values: Spread, digits: int) -> str:
     return median if least == most else f"{median} ({least} to {most})"
 
 
-def rounds(section: Section) -> str:
+def rounds(section: SectionResult) -> str:
     """The number of rounds, and the number planned if the time budget ended earlier."""
     completed, planned = len(section.rounds), section.rounds_planned
     return f"{completed} round{'' if completed == 1 else 's'}{'' if completed == planned else f' of {planned} planned'}"
 
 
-def bound(goal: Goal) -> str:
+def bound(goal: GoalResult) -> str:
     """The bound of a goal."""
     return f"at {'least' if goal.at_least else 'most'} {_with_unit(f'{goal.bound:g}', goal)}"
 
 
-def measured(goal: Goal) -> str:
+def measured(goal: GoalResult) -> str:
     """The measured figure of a goal."""
     return "not measured" if goal.spread is None else _with_unit(spread(goal.spread, 2), goal)
 
 
-def verdict(goal: Goal) -> str:
+def verdict(goal: GoalResult) -> str:
     """Whether a goal was met."""
     return {None: "not measured", True: "met", False: "missed"}[goal.met]
 
 
-def _with_unit(text: str, goal: Goal) -> str:
+def _with_unit(text: str, goal: GoalResult) -> str:
     return f"{text} {goal.unit}"
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from bench.results import Results, Section
+    from bench.results import Results, SectionResult
 
 NAME = "benchmarks"
 LINE = 132  # characters
@@ -69,7 +69,7 @@ def _page(run_results: Results) -> str:
     )
 
 
-def _goals(sections: Sequence[Section]) -> str:
+def _goals(sections: Sequence[SectionResult]) -> str:
     """The list of missed and unmeasured goals."""
     goals = [goal for section in sections for goal in section.goals]
     missed = [goal for goal in goals if goal.met is False]
@@ -81,7 +81,7 @@ def _goals(sections: Sequence[Section]) -> str:
     return text
 
 
-def _section(section: Section) -> str:
+def _section(section: SectionResult) -> str:
     parts = [
         f"## {section.title}\n",
         f"{textwrap.fill(section.about, LINE, break_on_hyphens=False)}\n",
@@ -101,7 +101,7 @@ def _section(section: Section) -> str:
     return "\n".join(parts)
 
 
-def _table(section: Section) -> str:
+def _table(section: SectionResult) -> str:
     rows = [
         "| | " + " | ".join(column.heading for column in section.columns) + " |",
         "| --- |" + " --- |" * len(section.columns),
@@ -113,15 +113,15 @@ def _table(section: Section) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _chart_name(section: Section) -> str:
+def _chart_name(section: SectionResult) -> str:
     return f"{NAME}-{section.key}.svg"
 
 
-def _chart_column(section: Section) -> results.Column:
+def _chart_column(section: SectionResult) -> results.ColumnHeading:
     return next(column for column in section.columns if column.metric == section.chart)
 
 
-def _bars(section: Section) -> list[chart.Bar]:
+def _bars(section: SectionResult) -> list[chart.Bar]:
     """The bars of a section's chart; none if it has no chart or nothing was measured."""
     spreads = [(name, section.spread(name, section.chart)) for name in section.contestants]
     return [

@@ -123,7 +123,7 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._number = 0
         self.recovered_at = scenario.healthy_s + scenario.outage_s
-        self.server = Server(self)
+        self.server = SimulatedServer(self)
         self.acknowledged: list[tuple[float, BatchFile]] = []
         self.clients = [Client(self, strategy) for _ in range(scenario.clients)]
 
@@ -145,7 +145,7 @@ class Simulation:
         return self.scenario.healthy_s <= self.now < self.recovered_at
 
 
-class Server:
+class SimulatedServer:
     """Serves a queue of calls in order, one at a time."""
 
     def __init__(self, simulation: Simulation) -> None:

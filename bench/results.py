@@ -57,7 +57,7 @@ class Versions(msgspec.Struct, frozen=True, kw_only=True):
     compiled: bool  # the C extension was in use
 
 
-class Column(msgspec.Struct, frozen=True):
+class ColumnHeading(msgspec.Struct, frozen=True):
     """A column in the table of a section: one metric."""
 
     metric: str
@@ -65,7 +65,7 @@ class Column(msgspec.Struct, frozen=True):
     digits: int
 
 
-class Goal(msgspec.Struct, frozen=True, kw_only=True):
+class GoalResult(msgspec.Struct, frozen=True, kw_only=True):
     """A bound, and the figure of each round that measured all of the goal's contestants."""
 
     text: str
@@ -88,7 +88,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True):
         return measured.median >= self.bound if self.at_least else measured.median <= self.bound
 
 
-class Section(msgspec.Struct, frozen=True, kw_only=True):
+class SectionResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one section."""
 
     key: str
@@ -96,13 +96,13 @@ class Section(msgspec.Struct, frozen=True, kw_only=True):
     about: str
     contestants: list[str]
     ours: list[str]  # the contestants that are Pillarbox
-    columns: list[Column]
+    columns: list[ColumnHeading]
     chart: str  # metric of the chart; "": no chart
     rounds_planned: int
     order: list[list[str]]  # of each round: the contestants in the order in which they ran
     rounds: list[dict[str, dict[str, float]]]  # of each round: contestant -> metric -> figure
     failed: dict[str, str]  # contestant -> why it was not measured in all rounds
-    goals: list[Goal]
+    goals: list[GoalResult]
     seconds: float  # duration of the section
 
     def spread(self, contestant: str, metric: str) -> Spread | None:
@@ -120,7 +120,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     seed: int  # of the orders
     machine: Machine
     versions: Versions
-    sections: list[Section]
+    sections: list[SectionResult]
 
 
 def encode(results: Results) -> bytes:

@@ -51,7 +51,7 @@ def run(chosen: Sequence[tuple[str, Section]], options: Options) -> results.Resu
     packages = [package for _, section in chosen for contestant in section.contestants for package in contestant.packages]
     monitor, began, started = MachineMonitor(), datetime.now(UTC), now()
     measured_versions = versions(packages)  # read first, because files may be edited while the benchmark runs
-    sections: list[results.Section] = []
+    sections: list[results.SectionResult] = []
     for index, (module, section) in enumerate(chosen):
         later_s = sum(other.budget_s for _, other in chosen[index + 1 :]) * (QUICK_SHARE if options.quick else 1)
         sections.append(_SectionRun(module, section, options, later_s).run_rounds())
@@ -84,7 +84,7 @@ class _SectionRun:
         self._took: dict[str, list[float]] = {}  # contestant -> seconds of each of its rounds
         self._began = now()
 
-    def run_rounds(self) -> results.Section:
+    def run_rounds(self) -> results.SectionResult:
         """Run all rounds; a contestant that fails is left out of the following ones."""
         section = self._section
         self._report(f"{section.title}: {len(section.contestants)} contestants, rounds: {self._rounds_planned}")
@@ -96,13 +96,13 @@ class _SectionRun:
             shutil.rmtree(self._workdir, ignore_errors=True)
         seconds = now() - self._began
         self._report(f"took {seconds:.0f} s, of a budget of {section.budget_s:.0f}; rounds: {len(self._rounds)}")
-        return results.Section(
+        return results.SectionResult(
             key=section.key,
             title=section.title,
             about=" ".join(section.about.split()),
             contestants=[contestant.name for contestant in section.contestants],
             ours=[contestant.name for contestant in section.contestants if contestant.ours],
-            columns=[results.Column(*column) for column in section.columns],
+            columns=[results.ColumnHeading(*column) for column in section.columns],
             chart=section.chart,
             rounds_planned=self._rounds_planned,
             order=self._order,
@@ -235,10 +235,10 @@ def _is_outbox_setting(name: str) -> bool:
     return name.startswith(("PILLARBOX_", "TRACKING_OUTBOX_")) and not name.startswith(("PILLARBOX_TEST_", PURE_PYTHON))
 
 
-def _goal(goal: Goal, rounds: Sequence[dict[str, dict[str, float]]]) -> results.Goal:
+def _goal(goal: Goal, rounds: Sequence[dict[str, dict[str, float]]]) -> results.GoalResult:
     """The goal's figure in each round that measured all of its contestants."""
     figures_of_rounds = []
     for figures in rounds:
         with contextlib.suppress(KeyError):
             figures_of_rounds.append(goal.ratio(figures))
-    return results.Goal(text=goal.text, bound=goal.bound, at_least=goal.at_least, unit=goal.unit, found=figures_of_rounds)
+    return results.GoalResult(text=goal.text, bound=goal.bound, at_least=goal.at_least, unit=goal.unit, found=figures_of_rounds)

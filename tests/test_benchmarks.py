@@ -30,7 +30,7 @@ class TinyRun(NamedTuple):
     left_behind: list[int]  # ids of processes
 
     @property
-    def section(self) -> results.Section:
+    def section(self) -> results.SectionResult:
         return self.run_results.sections[0]
 
 

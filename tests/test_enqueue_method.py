@@ -15,7 +15,7 @@ from pillarbox.outcome import Durability
 from tests.conftest import event
 
 
-class Counting(Outbox):
+class CountingOutbox(Outbox):
     """Overrides `enqueue` and calls the method that it overrides."""
 
     calls = 0
@@ -56,10 +56,10 @@ def test_an_instance_skips_the_method(tmp_path: Path) -> None:
 
 def test_an_override_in_a_subclass_wins(tmp_path: Path) -> None:
     """`super().enqueue` stores the event."""
-    with Counting(str(tmp_path)) as outbox:
+    with CountingOutbox(str(tmp_path)) as outbox:
         assert outbox.enqueue(event(1)) == Enqueued()
         assert outbox.enqueue(event(2), durability="power") == Enqueued("power")
-        assert (Counting.calls, outbox.stats().accepted) == (2, 2)
+        assert (CountingOutbox.calls, outbox.stats().accepted) == (2, 2)
 
 
 def test_a_subclass_may_inherit_from_an_abstract_class(tmp_path: Path) -> None:

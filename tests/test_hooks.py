@@ -171,14 +171,14 @@ def test_before_send_may_enqueue(tmp_path: Path, method: str, durability: Durabi
 def test_a_log_handler_that_enqueues_does_not_call_the_failing_hook_again(tmp_path: Path) -> None:
     """The handler enqueues an event for the log line about the hook."""
 
-    class Handler(logging.Handler):
+    class EnqueuingHandler(logging.Handler):
         def emit(self, line: logging.LogRecord) -> None:
             outbox.enqueue(event(9, event_key=line.levelname))
 
     def before_send(_: TrackingEvent) -> TrackingEvent:
         raise ValueError
 
-    log, handler = logging.getLogger("pillarbox"), Handler(logging.ERROR)
+    log, handler = logging.getLogger("pillarbox"), EnqueuingHandler(logging.ERROR)
     log.addHandler(handler)
     try:
         with Outbox(str(tmp_path / "outbox"), before_send=before_send) as outbox:

@@ -120,7 +120,7 @@ def test_above_max_bytes_the_event_is_dropped_and_no_segment_is_created(tmp_path
     outbox.close()
 
 
-class Sample(msgspec.Struct):
+class Measurement(msgspec.Struct):
     """An event type of an application."""
 
     event_id: str
@@ -130,10 +130,10 @@ class Sample(msgspec.Struct):
 INVALID = [
     ("event", "no event"),
     ("event", {"event_id": "a"}),
-    ("value", Sample("a", value="text")),  # type: ignore[arg-type]
-    ("value", Sample("a", value=float("nan"))),
-    ("event_id", Sample("\ud800")),
-    ("bytes", Sample("a" * 300_000)),
+    ("value", Measurement("a", value="text")),  # type: ignore[arg-type]
+    ("value", Measurement("a", value=float("nan"))),
+    ("event_id", Measurement("\ud800")),
+    ("bytes", Measurement("a" * 300_000)),
 ]
 
 
@@ -142,7 +142,7 @@ def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, named: str, bad: object
 ) -> None:
     """Nothing is written, and five invalid events make one line in the log."""
-    with Outbox(str(tmp_path / "outbox"), event_type=Sample) as outbox:
+    with Outbox(str(tmp_path / "outbox"), event_type=Measurement) as outbox:
         for _ in range(5):
             assert outbox.enqueue(bad) == Dropped("invalid")  # type: ignore[arg-type]
         assert outbox.stats().dropped["invalid"] == 5
@@ -155,18 +155,18 @@ def test_an_invalid_event_is_dropped_with_the_field_in_the_log(
 @pytest.mark.parametrize(("named", "bad"), INVALID)
 def test_on_invalid_raise_raises_an_error(tmp_path: Path, named: str, bad: object) -> None:
     """Useful in the tests of an application."""
-    outbox = Outbox(str(tmp_path / "outbox"), event_type=Sample, on_invalid="raise")
+    outbox = Outbox(str(tmp_path / "outbox"), event_type=Measurement, on_invalid="raise")
     with outbox, pytest.raises(InvalidEventError, match=named):
         outbox.enqueue(bad)  # type: ignore[arg-type]
 
 
 def test_another_event_type_is_stored_and_delivered(tmp_path: Path) -> None:
     """Its table and columns come from the type."""
-    with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db", event_type=Sample) as outbox:
-        assert outbox.enqueue(Sample("a", value=1.5))
+    with Outbox(str(tmp_path / "outbox"), sink=f"sqlite:///{tmp_path}/events.db", event_type=Measurement) as outbox:
+        assert outbox.enqueue(Measurement("a", value=1.5))
         assert outbox.flush(60)
     with contextlib.closing(sqlite3.connect(tmp_path / "events.db")) as database:
-        assert database.execute("SELECT * FROM sample").fetchall() == [("a", 1.5)]
+        assert database.execute("SELECT * FROM measurement").fetchall() == [("a", 1.5)]
 
 
 def test_enqueue_many_stores_all_events_in_one_batch(tmp_path: Path) -> None:
@@ -515,11 +515,11 @@ def test_enqueue_json_drops_the_whole_call_if_it_is_too_large_or_there_is_no_roo
 def test_json_of_another_event_type_is_validated_against_that_type(tmp_path: Path) -> None:
     """The id is required; fields with defaults may be missing."""
 
-    class Order(msgspec.Struct):
+    class RenamedIdEvent(msgspec.Struct):
         event_id: str = msgspec.field(default_factory=lambda: "new", name="id")
         lines: list[int] = []
 
-    with Outbox(str(tmp_path / "outbox"), event_type=Order) as outbox:
+    with Outbox(str(tmp_path / "outbox"), event_type=RenamedIdEvent) as outbox:
         payloads = [b'{"id":"a"}', b'{"lines":[1]}', b'{"id":"b","lines":[1.5]}', b'{"id":"c","lines":[12345678901234567890]}']
         invalid = Dropped("invalid")
         assert outbox.enqueue_json(payloads) == [Enqueued(), invalid, invalid, Enqueued()]

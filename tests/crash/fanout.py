@@ -417,7 +417,7 @@ def problem_of(state: State, outcome: FanOutRecoveryOutcome, obligations: SinkOb
     return ""
 
 
-class Moment(NamedTuple):
+class FanOutMoment(NamedTuple):
     """A point in a trace at which the crash may happen, and the states after it."""
 
     at: int
@@ -426,19 +426,19 @@ class Moment(NamedTuple):
     power: bool  # whether power is lost; otherwise the process is killed
 
 
-def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[Moment]:
+def moments(trace: list[Op], most: int = STATES_MAX) -> Iterator[FanOutMoment]:
     """All moments, each with at most `most` states. The yielded objects change with the iteration."""
     obligations, model, has_changed = SinkObligations(), DurabilityModel(ignoring=LOCKS), True
     for at, op in enumerate(trace):
         if has_changed and op.verb in ("mark", "sync_data", "sync_failed", "sync_directory"):
-            yield Moment(at, _some(model, at, most), obligations, power=True)
+            yield FanOutMoment(at, _some(model, at, most), obligations, power=True)
             has_changed = False
         obligations.apply(op, lambda path: model.complete_state().get(path, b""))
         model.apply(op)
         has_changed = True
         if op.verb not in ("sync_data", "sync_failed", "sync_directory"):
-            yield Moment(at + 1, [model.complete_state()], obligations, power=False)
-    yield Moment(len(trace), _some(model, len(trace), most), obligations, power=True)
+            yield FanOutMoment(at + 1, [model.complete_state()], obligations, power=False)
+    yield FanOutMoment(len(trace), _some(model, len(trace), most), obligations, power=True)
 
 
 def _some(model: DurabilityModel, at: int, most: int) -> Iterable[State]:
@@ -474,7 +474,7 @@ class FanOutEnumeration:
                     self.violations.append(f"{problem}\n  {history!r}, operation {moment.at}, power {moment.power}: {state}")
                     return
 
-    def problem_of(self, state: State, moment: Moment) -> str:
+    def problem_of(self, state: State, moment: FanOutMoment) -> str:
         """The problem of a state; empty if there is none."""
         obligations = moment.obligations
         key = hash((frozenset(state.items()), obligations.sinks, frozenset(obligations.removed)))

@@ -341,7 +341,9 @@ def fork(folder: Path, work: Callable[[], None]) -> int:
     os._exit(status)
 
 
-class _Child(NamedTuple):
+class ChildProcess(NamedTuple):
+    """A forked process that works until it ends or is killed."""
+
     pid: int
     life: int
     deadline: float  # when it is killed, unless it killed itself before
@@ -372,7 +374,7 @@ class KillTorture:
         self._kept = kept
         self._cut = cut
         self._lives = 0
-        self._children: dict[int, _Child] = {}
+        self._children: dict[int, ChildProcess] = {}
 
     def round(self, seconds: float) -> None:
         """Run and kill processes for a while, drain the directory, and compare."""
@@ -423,7 +425,7 @@ class KillTorture:
 
         span = self._chance.choice((0.005, 0.05, 0.05, 0.3)) if slot < WRITERS else self._chance.choice((0.05, 0.3, 1.0))
         pid = fork(self.failures, work)
-        self._children[slot] = _Child(pid, self._lives, time.monotonic() + span * self._chance.random())
+        self._children[slot] = ChildProcess(pid, self._lives, time.monotonic() + span * self._chance.random())
 
     def _reap(self, now: float) -> None:
         wrong: list[str] = []

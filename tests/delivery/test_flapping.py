@@ -127,13 +127,13 @@ def test_a_destination_that_names_one_rejected_record_per_call_gets_a_bounded_nu
 ) -> None:
     """The batch is not halved down to single records either."""
 
-    class Naming(RecordingSink):
+    class OneRejectionPerCallSink(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             self.calls.append(batch.id)
             return PartialFailure({0 if first_only else len(batch) - 1: REJECTION}, None)
 
     batch = seal_batch(outbox_dir, 1, *[b'"%d"' % number for number in range(500)])
-    sink = Naming()
+    sink = OneRejectionPerCallSink()
     worker = make_worker(outbox_dir, sink, config=RULES._replace(recheck_s=60.0))
     with running_worker(worker):
         wait_until(lambda: worker.state.name == "degraded")

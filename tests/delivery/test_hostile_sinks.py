@@ -270,7 +270,7 @@ def test_a_result_that_arrives_during_a_cancellation_counts(outbox_dir: Director
 def test_a_method_that_hangs_is_cancelled_and_retried(outbox_dir: Directory, where: str) -> None:
     """Each wait for a sink is bounded."""
 
-    class Hanging(RecordingSink):
+    class HangingMethodSink(RecordingSink):
         hung = 0
 
         async def _hang(self, there: str) -> None:
@@ -287,7 +287,7 @@ def test_a_method_that_hangs_is_cancelled_and_retried(outbox_dir: Directory, whe
             return await super().confirm(batches)
 
     seal_batch(outbox_dir, 1, b"1")
-    sink = Hanging(needs_confirmation=True)
+    sink = HangingMethodSink(needs_confirmation=True)
     worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(call_timeout_s=0.1))
     deliver_all(worker)
     assert (sink.hung, sink.payloads, remaining_files(outbox_dir)) == (1, [b"1"], [])

@@ -153,14 +153,14 @@ def test_the_pause_that_a_destination_asks_for_is_exact(outbox_dir: Directory, a
     """The next call is not earlier, and no backoff is added, which could be days."""
     times: list[float] = []
 
-    class Timed(RecordingSink):
+    class CallTimeSink(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             times.append(asyncio.get_running_loop().time())
             return await super().deliver(batch)
 
     seal_batch(outbox_dir, 1, b"1")
     rules = DeliveryConfig(poll_interval_s=0.01, backoff=Backoff(base_s=1e6, max_s=1e6))
-    drain_worker(make_worker(outbox_dir, Timed([Retry("busy", after)]), config=rules))
+    drain_worker(make_worker(outbox_dir, CallTimeSink([Retry("busy", after)]), config=rules))
     assert after <= times[1] - times[0] < 50.0
 
 
@@ -168,7 +168,7 @@ def test_a_call_that_takes_too_long_is_cancelled_and_retried(outbox_dir: Directo
     """The reason contains the timeout."""
     hung: list[str] = []
 
-    class Hanging(RecordingSink):
+    class HangingCallSink(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             if not hung:
                 hung.append(batch.id)
@@ -177,7 +177,7 @@ def test_a_call_that_takes_too_long_is_cancelled_and_retried(outbox_dir: Directo
             return Delivered(len(batch))
 
     seal_batch(outbox_dir, 1, b"1")
-    worker = make_worker(outbox_dir, Hanging(), config=QUICK._replace(call_timeout_s=0.05))
+    worker = make_worker(outbox_dir, HangingCallSink(), config=QUICK._replace(call_timeout_s=0.05))
     drain_worker(worker)
     assert worker.last_error == "no answer within 0.05 s"
     assert (remaining_files(outbox_dir), REJECTION.code) == ([], "no")

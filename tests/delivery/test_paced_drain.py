@@ -163,13 +163,13 @@ def test_a_long_drain_spends_a_tenth_of_its_time_on_listing(
         clock.advance(LISTING_S)
         return really()
 
-    class Timed(SealingSink):
+    class ListingShareSink(SealingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             clock.advance(0.005)
             shares.append(looks[0] * LISTING_S / clock.monotonic())
             return await super().deliver(batch)
 
-    sink = Timed(outbox_dir, range(0))
+    sink = ListingShareSink(outbox_dir, range(0))
     sink.worker = worker = make_worker(outbox_dir, sink, config=QUICK_CONFIG._replace(live_share=0.5), clock=clock)
     monkeypatch.setattr(outbox_dir, "batch_names", sealed)
     drain_worker(worker)

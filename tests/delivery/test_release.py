@@ -198,7 +198,7 @@ def test_a_file_whose_settlement_fails_is_released(
 
     calls = make_call_fail(monkeypatch, settlement, name, error, 1)
 
-    class Naming(RecordingSink):
+    class PartlyRejectingSink(RecordingSink):
         async def deliver(self, batch: Batch) -> DeliveryResult:
             bad = [index for index, payload in enumerate(batch.payloads) if payload == b'"bad"']
             answer = PartialFailure(dict.fromkeys(bad, REJECTION), len(batch) - len(bad)) if bad else Delivered(len(batch))
@@ -207,7 +207,7 @@ def test_a_file_whose_settlement_fails_is_released(
 
     first = seal_batch(outbox_dir, 1, b'"good"', b'"bad"', raw=b"torn\n")
     second = seal_batch(outbox_dir, 2, b'"next"')
-    sink = Naming(needs_confirmation=confirms, unconfirmed_max=4)
+    sink = PartlyRejectingSink(needs_confirmation=confirms, unconfirmed_max=4)
     worker = make_worker(outbox_dir, sink)
     with running_worker(worker):
         wait_until(

@@ -486,7 +486,7 @@ def test_a_planted_link_as_lock_file_is_reported_until_it_is_deleted(outbox_dir:
     assert thread.stop(30)
 
 
-class _TracingFilesystem(OsFilesystem):
+class _DeletionTracingFilesystem(OsFilesystem):
     """Records deletions and directory syncs."""
 
     def __init__(self) -> None:
@@ -507,7 +507,7 @@ def test_deletions_are_synced_together_before_the_worker_idles(outbox_dir: Direc
     """So a settled batch does not reappear after a power loss, and no batch is sent before its name is durable."""
     for stamp in (1, 2, 3):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    tracing = _TracingFilesystem()
+    tracing = _DeletionTracingFilesystem()
     drain_worker(make_worker(Directory(outbox_dir.path, tracing, clock), RecordingSink(), clock=clock))
     assert tracing.verbs == ["sync", "remove", "remove", "remove", "sync"]
 
@@ -522,7 +522,7 @@ def test_deletions_are_synced_once_a_second_during_a_drain(outbox_dir: Directory
 
     for stamp in range(1, 6):
         seal_batch(outbox_dir, stamp, b"%d" % stamp)
-    tracing = _TracingFilesystem()
+    tracing = _DeletionTracingFilesystem()
     worker = Worker(
         Directory(outbox_dir.path, tracing, clock),
         NamedSink(Passing(), "test"),

@@ -158,7 +158,7 @@ def test_a_time_is_formatted_as_the_standard_library_does(time: datetime) -> Non
     assert format_rfc3339(b"%d" % micros) == time.isoformat(timespec="microseconds").encode() + b"Z"
 
 
-class Order(msgspec.Struct, rename="camel"):
+class IntegerIdEvent(msgspec.Struct, rename="camel"):
     """An event type with an integer as its id and other field names."""
 
     event_id: int
@@ -170,7 +170,7 @@ def test_only_events_without_an_id_are_rejected_as_cloudevents(server: Server) -
     lines = [b'{"eventId":7}', b'{"eventId":null}', b"[]", b'{"eventId":""}', b'{"eventId":-8,"shopName":"x"}', b"{}"]
 
     async def work() -> list[Any]:
-        sink = HttpSink(server.url("#format=cloudevents&type_field=shop_name"), Order)
+        sink = HttpSink(server.url("#format=cloudevents&type_field=shop_name"), IntegerIdEvent)
         results: list[Any] = [await sink.deliver(Batch("b", lines))]
         server.respond = always(CannedResponse(400, b'{"refused":[1]}'))
         results.append(await sink.deliver(Batch("b", lines)))
@@ -186,7 +186,10 @@ def test_only_events_without_an_id_are_rejected_as_cloudevents(server: Server) -
     assert (set(as_a_whole.rejected), as_a_whole.accepted) == ({1, 2, 3, 5}, None)
     assert (set(none.rejected), none.accepted) == ({0, 1, 2}, 0)
     assert len(server.requests) == 3
-    assert [(item["id"], item["type"]) for item in json.loads(server.requests[0].body)] == [("7", "Order"), ("-8", "x")]
+    assert [(item["id"], item["type"]) for item in json.loads(server.requests[0].body)] == [
+        ("7", "IntegerIdEvent"),
+        ("-8", "x"),
+    ]
 
 
 def test_credentials_are_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def test_a_committed_batch_survives_a_loss_of_power(tmp_path: Path) -> None:
     asyncio.run(sink.close())
 
 
-class Colour(enum.Enum):
+class OrderColour(enum.Enum):
     """A field type of an application."""
 
     RED = "red"
@@ -150,7 +150,7 @@ class Order(msgspec.Struct, rename="camel"):
     line_items: list[int] = []
     total: float = 0.0
     paid: bool = False
-    colour: Colour | None = None
+    colour: OrderColour | None = None
     at: datetime = datetime(2026, 1, 2, tzinfo=UTC)
     note: str | int | None = None
 
@@ -158,7 +158,7 @@ class Order(msgspec.Struct, rename="camel"):
 def test_each_event_type_has_its_own_table(tmp_path: Path) -> None:
     """Scalars unchanged, all other values as JSON text; the columns have the JSON names."""
     path = tmp_path / "events.db"
-    deliver(path, batch(Order("a", [1, 2], 1.5, paid=True, colour=Colour.RED, note=7)), event_type=Order)
+    deliver(path, batch(Order("a", [1, 2], 1.5, paid=True, colour=OrderColour.RED, note=7)), event_type=Order)
     assert query(path, 'SELECT event_id, lineItems, total, paid, colour, "at", note FROM "order"') == [
         ("a", "[1,2]", 1.5, 1, "red", '"2026-01-02T00:00:00Z"', "7")
     ]

@@ -255,7 +255,7 @@ def test_recovered_segments_are_sealed_after_the_batches_that_exist_whatever_the
     assert [layout.sealed_at(name) for name in outbox_dir.batch_names()] == [newest, newest + 1]
 
 
-class _TracingFilesystem(OsFilesystem):
+class _SyncTracingFilesystem(OsFilesystem):
     """Records the syncs and renames."""
 
     def __init__(self) -> None:
@@ -277,7 +277,7 @@ class _TracingFilesystem(OsFilesystem):
 
 def test_recovery_syncs_each_segment_then_renames_all_then_syncs_the_directory_once(tmp_path: Path, clock: ManualClock) -> None:
     """In this order for all segments together."""
-    filesystem = _TracingFilesystem()
+    filesystem = _SyncTracingFilesystem()
     outbox_dir = Directory(str(tmp_path), filesystem, clock)
     for name in ("active-w-1.ndjson", "active-w-2.ndjson"):
         (tmp_path / name).write_bytes(b'{"event":{}}\n')
@@ -353,11 +353,11 @@ def test_fanning_out_a_backlog_does_not_list_the_directory_for_each_batch(outbox
         put(outbox_dir, layout.sealed_name(number, "x"), record.line(b"{}"))
     listings: list[str] = []
 
-    class Counting(OsFilesystem):
+    class CountingFilesystem(OsFilesystem):
         def subdirectories(self, path: str) -> list[str]:
             listings.append(path)
             return super().subdirectories(path)
 
-    counting_dir = Directory(outbox_dir.path, Counting(), clock)
+    counting_dir = Directory(outbox_dir.path, CountingFilesystem(), clock)
     assert FanOut(counting_dir, ["one", "two"], clock, LedgerWriter(counting_dir, clock)).distribute_all() == 200
     assert len(listings) < 20

@@ -37,7 +37,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.layout import Kind
 from pillarbox.store.os_filesystem import OsFilesystem
 from pillarbox.store.reconciliation import ReconciliationReport, reconcile, reconcile_queues
-from tests.crash.kills import KillViolation, fork, kill_self_later
+from tests.crash.kills import ChildProcess, KillViolation, fork, kill_self_later
 from tests.torture import chaos, chaotic, lag, lives
 from tests.torture.account import Arrivals, Event, EventRecords, SharedCounters, Sums
 from tests.torture.destinations import DESTINATIONS, TWO, parsed
@@ -100,12 +100,6 @@ class Report(NamedTuple):
         )
 
 
-class _Child(NamedTuple):
-    pid: int
-    life: int
-    deadline: float  # when it is killed, unless it killed itself before
-
-
 class Torture:
     """Rounds against one destination, in directories below `folder`."""
 
@@ -125,7 +119,7 @@ class Torture:
         self._places = self._arena.sinks(seed)
         self._account = EventRecords(seed, _SLOTS)
         self._chance = random.Random(seed)
-        self._children: dict[int, _Child] = {}
+        self._children: dict[int, ChildProcess] = {}
         self._begun = self._told = time.monotonic()
         self._lives = self.rounds = self.kills = self.verified = 0
         self._sums = Sums(0, 0, 0, 0)
@@ -224,7 +218,7 @@ class Torture:
         lasts = _WRITER_S if slot < WRITERS else _FLEET_S if scene.has_several else _DELIVERER_S
         span = self._chance.choice(lasts) * self._chance.random()
         deadline = float("inf") if slot == _FINISHER else time.monotonic() + span
-        self._children[slot] = _Child(fork(self.failures, work), self._lives, deadline)
+        self._children[slot] = ChildProcess(fork(self.failures, work), self._lives, deadline)
 
     def _redirect_output(self, slot: int) -> None:
         """Redirect the output of this process to the file of its slot."""
@@ -244,7 +238,7 @@ class Torture:
         wrong += [f"process {pid} of the destination ended" for pid in self._arena.pids if os.waitpid(pid, os.WNOHANG)[0]]
         self._raise_if_wrong(wrong, scene)
 
-    def _bury(self, slot: int, child: _Child, *, wait: bool) -> int | None:
+    def _bury(self, slot: int, child: ChildProcess, *, wait: bool) -> int | None:
         pid, status = os.waitpid(child.pid, 0 if wait else os.WNOHANG)
         if not pid:
             return None

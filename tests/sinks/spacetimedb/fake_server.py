@@ -40,14 +40,14 @@ class FakeServer28:
         outer = self
         self._open: set[socket.socket] = set()
 
-        class Handler(_Handler):
+        class BoundHandler(_Handler):
             fake_server = outer
 
             def setup(self) -> None:
                 outer._open.add(self.request)
                 super().setup()
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), BoundHandler)
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

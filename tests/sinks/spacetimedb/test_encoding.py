@@ -56,7 +56,7 @@ class Number(enum.IntEnum):
     ONE = 1
 
 
-class Colour(enum.Enum):
+class TextEnum(enum.Enum):
     """Texts."""
 
     RED = "red"
@@ -72,9 +72,9 @@ GOOD: list[tuple[Any, Kind]] = [
     (Number, {"I32": []}),
     (Literal[1, 2], {"I64": []}),
     (Literal["a"], STRING),
-    (Colour, STRING),
-    (Colour, variants("Red", "DarkBlue")),
-    (Colour, variants("red", "darkBlue", "green")),
+    (TextEnum, STRING),
+    (TextEnum, variants("Red", "DarkBlue")),
+    (TextEnum, variants("red", "darkBlue", "green")),
     (Literal["a", "b"], variants("A", "B")),
     (str, variants("A")),
     (float, {"F64": []}),
@@ -89,7 +89,7 @@ BAD: list[tuple[Any, Kind, str]] = [
     (Number, STRING, "is Number, but the module has String"),
     (Literal[1, 2], STRING, "but the module has String"),
     (int, STRING, "is int, but the module has String"),
-    (Colour, variants("Red"), "the module's enum has no variant DARK_BLUE; it has Red"),
+    (TextEnum, variants("Red"), "the module's enum has no variant DARK_BLUE; it has Red"),
     (Literal["a", "b"], variants("A"), "the module's enum has no variant b; it has A"),
     (str, variants("A", data=STRING), "the module's variant A carries data"),
     (float, {"I64": []}, "is float, but the module has i64"),

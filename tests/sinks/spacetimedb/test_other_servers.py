@@ -37,7 +37,7 @@ def serve() -> Iterator[Callable[[Answers], int]]:
     servers: list[ThreadingHTTPServer] = []
 
     def start(responses: Answers) -> int:
-        class Handler(BaseHTTPRequestHandler):
+        class ResponseHandler(BaseHTTPRequestHandler):
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
                 """Log nothing."""
 
@@ -52,7 +52,7 @@ def serve() -> Iterator[Callable[[Answers], int]]:
 
             do_POST = do_GET  # noqa: N815 - the base class's name
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), ResponseHandler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return int(server.server_address[1])
