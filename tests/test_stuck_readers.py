@@ -196,5 +196,5 @@ def test_a_reader_that_stands_still_is_waited_for_once() -> None:
         stream.write("text\n")
         began = time.monotonic()
         for _ in range(1000):
-            stream.let_catch_up(0.1)
+            stream.wait_for_reader(0.1)
         assert time.monotonic() - began < SLACK_S

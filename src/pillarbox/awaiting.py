@@ -1,4 +1,4 @@
-"""Lets a coroutine wait for a call that blocks, while its event loop runs on."""
+"""Lets a coroutine wait for a blocking call while its event loop runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 async def run_on_thread(function: Callable[[], T]) -> T:
-    """Call a function on a thread of its own. If the waiting coroutine is cancelled, the call goes on.
+    """Call a function on a new thread. If the waiting coroutine is cancelled, the call continues.
 
     Raises:
         RuntimeError: The coroutine runs on a loop other than asyncio's.
@@ -46,6 +46,6 @@ async def run_on_thread(function: Callable[[], T]) -> T:
 
     try:
         threads.Thread(target=call, name="pillarbox-wait").start()
-    except RuntimeError:  # the system has no thread to give: the loop must wait
+    except RuntimeError:  # the system cannot start another thread: the loop must wait
         return function()
     return await future

@@ -1,6 +1,7 @@
-"""What the threads of an outbox call.
+"""The objects that the threads of an outbox call.
 
-None of it refers to the outbox: one that a program drops without closing it can be collected although its threads run.
+None of them refers to the outbox, so that an outbox that a program drops without closing it can be garbage collected while its
+threads run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-_BUSY_PERIOD_S: Final = 10.0  # after the last event, for which the delivery worker yields the GIL every few records
+_BUSY_PERIOD_S: Final = 10.0  # after the last event; during this time the delivery worker yields the GIL every few records
 
 
 class Activity:
-    """Whether this process stored events recently. Only the delivery worker may ask."""
+    """Tells the delivery worker whether this process stored events recently. Not for other threads."""
 
     def __init__(self, writer: Writer, clock: Clock) -> None:
         self._writer = writer
@@ -36,7 +37,7 @@ class Activity:
         self._since_s = -_BUSY_PERIOD_S  # monotonic
 
     def is_busy(self) -> bool:
-        """Whether it did within the last seconds."""
+        """Whether this process stored events within the last ten seconds."""
         now, count = self._clock.monotonic(), self._writer.accepted_events
         if count != self._accepted:
             self._accepted, self._since_s = count, now
@@ -44,13 +45,13 @@ class Activity:
 
 
 class RunnerLink:
-    """The runner that delivers, once there is one."""
+    """Refers to the runner once it exists."""
 
     def __init__(self) -> None:
         self.runner: Runner | None = None
 
     def notify(self) -> None:
-        """Tell it that there may be something to deliver."""
+        """Notify the runner that there may be something to deliver."""
         if self.runner is not None:
             self.runner.notify()
 
@@ -60,18 +61,18 @@ class DropReporter:
 
     def __init__(self, hooks: Hooks, *, blocks_when_full: bool) -> None:
         self._hooks = hooks
-        self.blocks_when_full = blocks_when_full  # until the outbox is closed
+        self.blocks_when_full = blocks_when_full  # false once the outbox is closed
 
     def report(self, totals: dict[str, int]) -> None:
-        """Report the drops by reason since the last report."""
+        """Report the drops since the last report, by reason."""
         if self.blocks_when_full:
-            # Such a drop is taken back before the next attempt; it stays only if the caller was cancelled meanwhile.
+            # Such a drop is subtracted before the next attempt to store the event. It stays only if the caller is cancelled.
             totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
         self._hooks.report_drops(totals)
 
 
 class BackgroundWork:
-    """The parts of an outbox that run threads, so that they can be ended."""
+    """The parts of an outbox that run threads, and how to end them."""
 
     def __init__(
         self, name: str, clock: Clock, sealer: Sealer, link: RunnerLink, committer: GroupCommitter, ledger: LedgerWriter
@@ -84,16 +85,16 @@ class BackgroundWork:
         self._ledger = ledger
         self._process_id = process_id()
 
-    def belongs_here(self) -> bool:
-        """Whether the threads are of this process, and not of one that forked it."""
+    def is_of_this_process(self) -> bool:
+        """Whether the threads run in this process, and not in its parent."""
         return self._process_id == process_id()
 
     def request_end(self) -> None:
-        """Start to seal what is left."""
+        """Request that the sealer seals the segments and stops."""
         self._sealer.request_stop()
 
     def end(self, timeout: float) -> None:
-        """Seal, deliver what can be delivered without waiting, and end the threads."""
+        """Seal the segments, deliver what can be delivered without waiting, and end the threads."""
         deadline = self._clock.monotonic() + timeout
         if not self._sealer.stop(timeout):
             log.warning("%s: not sealed within %g s; the next start recovers the segment", self.name, timeout)

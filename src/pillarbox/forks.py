@@ -1,6 +1,6 @@
-"""What a forked child must do before it continues: make new locks and random numbers, and close the parent's files.
+"""Prepares a forked child: callbacks create new locks and random numbers, and close the parent's files.
 
-A fork by Python calls hooks. A fork by C code, as in uWSGI, calls none, and is noticed at the next use. `check_fork` is quick,
+A fork by Python calls hooks. A fork by C code, as in uWSGI, calls none, and is detected by the next `check_fork`. That is fast,
 and every function that an application calls begins with it.
 """
 
@@ -36,17 +36,17 @@ class ForkLock:
         self._lock.release()
 
     def renew(self) -> None:
-        """In the child, where the thread that held the lock may not exist."""
+        """Replace the lock in a forked child, where the thread that held it may not exist."""
         self._lock = threads.RLock()
 
 
-# Held while a descriptor is opened or closed, or a process started, and while this process forks: a child must know each
-# descriptor that it inherits.
+# Held while a descriptor is opened or closed, while a process is started, and while this process forks, so that a child knows
+# every descriptor that it inherits.
 fork_lock: Final = ForkLock()
 
 
 def after_fork_in_child(callback: Callable[[], object], *, last: bool = False) -> None:
-    """Call `callback` in each forked child from now on; `last` is for callbacks that use locks which other ones renew."""
+    """Call `callback` in each forked child; `last` is for callbacks that use locks which other callbacks renew."""
     (_last if last else _first).append(callback)
 
 
@@ -56,24 +56,24 @@ def process_id() -> int:
 
 
 def was_forked_in_c() -> bool:
-    """For callbacks: whether no hook ran before the fork, so that other threads may have been in the middle of an operation."""
+    """In a callback: whether no hook ran before the fork, so that other threads may have been in the middle of an operation."""
     return not _hook_ran
 
 
 def _before_fork() -> None:
-    global _hook_ran  # noqa: PLW0603 - of this process
+    global _hook_ran  # noqa: PLW0603 - state of this process
     fork_lock.__enter__()
     _hook_ran = True
 
 
 def _after_fork_in_parent() -> None:
-    global _hook_ran  # noqa: PLW0603 - of this process
+    global _hook_ran  # noqa: PLW0603 - state of this process
     _hook_ran = False
     fork_lock.__exit__()
 
 
 def _handle_fork() -> None:
-    global _pid, _hook_ran  # noqa: PLW0603 - of this process
+    global _pid, _hook_ran  # noqa: PLW0603 - state of this process
     _pid = getpid()
     if COMPILED:
         speedups.mark_fork_handled()
@@ -87,8 +87,8 @@ def _handle_fork() -> None:
 def _handle_c_fork() -> None:
     """Handle a fork that called no hook.
 
-    A thread that does not exist here may hold the interpreter's own locks. So the interpreter is reset as after a fork of its
-    own, which calls the hooks. That must not be done if other threads run already; that they run shows that it is not needed.
+    A thread that does not exist here may hold the interpreter's own locks. So the interpreter is reset as after a fork by
+    Python, which also calls the hooks. The interpreter must not be reset while other threads run; if they run, it need not be.
     """
     if _is_only_thread():
         speedups.reset_interpreter() if COMPILED else ctypes.pythonapi.PyOS_AfterFork_Child()

@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from pillarbox.clock import SystemClock
 from pillarbox.forks import after_fork_in_child
-from pillarbox.log_records import leave_blocked_handlers
+from pillarbox.log_records import abandon_blocked_handlers
 from pillarbox.system import threads
 
 DROPPED_TIMEOUT_S: Final = 5.0  # for the last deliveries of an outbox that was dropped without `close`
@@ -39,7 +39,7 @@ class ManagedBackground(Protocol):
 
     name: str
 
-    def belongs_here(self) -> bool:
+    def is_of_this_process(self) -> bool:
         """Whether they are threads of this process."""
 
     def request_end(self) -> None:
@@ -74,11 +74,11 @@ def add_outbox(outbox: ManagedOutbox) -> None:
 
 def end_dropped(background: ManagedBackground) -> None:
     """End the threads of an outbox that is garbage collected without having been closed, and warn of it."""
-    if not background.belongs_here():
+    if not background.is_of_this_process():
         return
     background.request_end()
     thread = threads.Thread(target=background.end, name="pillarbox-close", args=(DROPPED_TIMEOUT_S,))
-    with contextlib.suppress(RuntimeError):  # the system has no thread to give; what is sealed waits for the next start
+    with contextlib.suppress(RuntimeError):  # the system cannot start another thread; what is sealed waits for the next start
         thread.start()
         _ending[:] = [earlier for earlier in _ending if earlier.is_alive()] + [thread]
     text = f"{background.name}: the outbox was dropped without close; use it in a `with` block, or call close"
@@ -114,7 +114,7 @@ def _at_exit() -> None:
         outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
     for thread in _ending:
         thread.join(max(0.0, deadline - clock.monotonic()))
-    leave_blocked_handlers()
+    abandon_blocked_handlers()
 
 
 after_fork_in_child(_after_fork, last=True)

@@ -26,7 +26,7 @@ from pillarbox.flush import wait_until_delivered
 from pillarbox.forks import check_fork, was_forked_in_c
 from pillarbox.hooks import Hooks, with_drop_reports
 from pillarbox.lifecycle import OutboxMeta
-from pillarbox.log_records import prepare_log_records
+from pillarbox.log_records import prepare_log_relay
 from pillarbox.outcome import DROPPED, DURABILITIES, Dropped, DropReason, Durability, Outcome
 from pillarbox.settings import Settings, resolve, sink_and_sinks_error
 from pillarbox.sinks.base import Sink
@@ -42,7 +42,7 @@ from pillarbox.store.room import give_up_room
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.system import threads
-from pillarbox.system.originals import standing_still
+from pillarbox.system.originals import blocked_threads_problem
 from pillarbox.telemetry import instruments, sink_attributes
 
 if TYPE_CHECKING:
@@ -434,8 +434,8 @@ class Outbox(metaclass=OutboxMeta):
             finally:
                 self._is_starting = False
         # Logged without the lock: a log handler may itself enqueue.
-        if not problem and standing_still():
-            log.error("%s: %s", self.name, standing_still())
+        if not problem and blocked_threads_problem():
+            log.error("%s: %s", self.name, blocked_threads_problem())
         if problem and problem != self._start_problem:
             self._start_problem = problem
             log.error("%s: drops events until it can start: %s", self.name, problem)
@@ -446,7 +446,7 @@ class Outbox(metaclass=OutboxMeta):
 
     def _start_parts(self, usage: DiskUsage) -> str:
         """Start the threads, and then the writer. Returns the problem if that is impossible, otherwise ""."""
-        prepare_log_records()
+        prepare_log_relay()
         self._directory.seal_after(usage.newest_sealed_at)
         self._sealer.quota.check_free_space()
         try:

@@ -1,4 +1,4 @@
-"""Makes `Stats` of the parts of an outbox."""
+"""Creates the `Stats` of an outbox from its parts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def take_snapshot(
     *,
     started: bool,
 ) -> Stats:
-    """The stats of an outbox. The sinks are read first, so that files whose events are delivered are not counted as pending."""
+    """The stats of an outbox. `sinks` is read before the pending files, so that no delivered event is also pending."""
     total = combine_stats(sinks)
     problem = f"cannot start: {start_problem}" if start_problem else sealer.problem or ledger.problem
     if problem and total.state.name in ("idle", "draining", "standby"):
         total = total.as_degraded(problem)
     accepted, sealed = 0, dict(sealer.sealed)
     if started:
-        # A file that a listing has missed already and that is then released is subtracted twice, until the next listing.
+        # A file that was removed before a listing, and is released after it, is subtracted twice until the next listing.
         pending_bytes, pending_files, accepted = (max(0, number) for number in writer.pending_counts())
     elif settings.enabled:
         pending_bytes, pending_files = directory.pending()

@@ -25,9 +25,9 @@ from pillarbox.system import originals
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-_READER_TIMEOUT_S: Final = 1.0  # at the end of a command, for a reader that stands still
-_ORDER_TIMEOUT_S: Final = 0.1  # how long a line on standard output waits for earlier ones on standard error
-_BMP_MAX = 0xFFFF  # JSON writes a character beyond it as two
+_READER_TIMEOUT_S: Final = 1.0  # at the end of a command, for a reader that does not read
+_ORDER_TIMEOUT_S: Final = 0.1  # how long a line on standard output waits for earlier lines on standard error
+_BMP_MAX = 0xFFFF  # JSON escapes a character beyond it as a surrogate pair
 
 
 class EscapingConsole(Console):
@@ -37,10 +37,10 @@ class EscapingConsole(Console):
         super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print texts, escaped, or what rich renders. Earlier lines on standard error come first if somebody reads them."""
+        """Print texts, escaped, or what rich renders. Earlier lines on standard error are written first if they are read."""
         if not self.stderr:
             for stream in _queued_streams:
-                stream.let_catch_up(_ORDER_TIMEOUT_S)
+                stream.wait_for_reader(_ORDER_TIMEOUT_S)
         super().print(*(one_line(text) if isinstance(text, str) else text for text in objects), **options)
 
 
@@ -61,9 +61,9 @@ class ExitCode(IntEnum):
 def log_to_terminal(*, quiet: bool) -> None:
     """Print log lines, of the package and of others, on standard error; `quiet` hides those below errors.
 
-    From now on nothing waits for the reader of standard error.
+    From then on no thread waits for the reader of standard error.
     """
-    with suppress(OSError, ValueError):  # no descriptor: a stream in memory, which never blocks
+    with suppress(OSError, ValueError):  # a stream in memory has no descriptor, and never blocks
         sys.stderr = _queue_writes(sys.stderr)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_EscapingFormatter("%(levelname)s %(message)s"))
@@ -167,10 +167,10 @@ def _queue_writes(stream: TextIO) -> QueuedStream:
 
 
 def finish_output(*, interrupted: bool) -> None:
-    """Write out what is buffered, and end with standard streams that do not hold up the exit.
+    """Flush standard output and standard error, and make sure that neither delays the exit.
 
-    Waits for a reader of standard error that stands still for a second at most, and after an interrupt also for one of
-    standard output.
+    Waits at most a second for a reader of standard error that does not read, and after an interrupt also for one of standard
+    output.
     """
     for stream in _queued_streams:
         if stream.drain(_READER_TIMEOUT_S) and sys.stderr is stream:
@@ -185,27 +185,27 @@ def finish_output(*, interrupted: bool) -> None:
 
 @contextmanager
 def limited_writes() -> Iterator[None]:
-    """Let what is written to a standard stream in the block raise `TimeoutError` if its reader stands still."""
+    """Raise `TimeoutError` if the block takes longer than a second, because the reader of a standard stream does not read."""
 
-    def give_up(_number: int, _frame: object) -> None:
+    def raise_timeout(_number: int, _frame: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, give_up)
+    previous_handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_REAL, _READER_TIMEOUT_S)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 def flush_stdout() -> None:
-    """Write out what is buffered; raises `OSError` if that is not possible."""
+    """Flush standard output. Raises `OSError`."""
     sys.stdout.flush()
 
 
 def wait_while_read(seconds: float) -> None:
-    """Wait; raises `BrokenPipeError` as soon as the reader of standard output is gone."""
+    """Wait. Raises `BrokenPipeError` as soon as the reader of standard output has closed it."""
     poll = originals.select.poll()
     poll.register(sys.stdout, 0)
     if poll.poll(seconds * 1000):
@@ -213,9 +213,9 @@ def wait_while_read(seconds: float) -> None:
 
 
 def screen_console() -> Console:
-    """A console for a display that is drawn again and again. What it shows must be escaped already.
+    """A console for a display that is redrawn. The caller must escape what it shows.
 
-    It does not wait for a terminal that is stopped (Ctrl-S).
+    It does not wait for a stopped terminal (Ctrl-S).
     """
     stream = _queue_writes(sys.stdout) if sys.stdout.isatty() else sys.stdout
     return Console(file=cast("TextIO", stream), highlight=False, markup=False, emoji=False)
@@ -227,7 +227,7 @@ def print_usage_error(lines: str) -> None:
 
 
 def open_missing_streams() -> None:
-    """Open the null device for standard streams that the caller has closed, and escape text that cannot be encoded."""
+    """Open the null device for standard streams that the caller closed, and have text escaped that they cannot encode."""
     if sys.stdout is None:
         sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if sys.stderr is None:
@@ -238,5 +238,5 @@ def open_missing_streams() -> None:
 
 
 def discard_stdout() -> None:
-    """Point standard output at the null device: it cannot be written, and the buffer must not be flushed into it at exit."""
+    """Point standard output at the null device, so that the flush at exit does not fail or block."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""A standard stream that never blocks: what is written waits in memory, and is lost if nobody reads it for too long."""
+"""A standard stream whose writers never block: text waits in memory, and is lost if the reader stays behind too far."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 _BYTES_MAX: Final = 1 << 20  # in memory
-_WRITE_BYTES: Final = 1 << 12  # at once; a pipe takes as much as one piece
+_WRITE_BYTES: Final = 1 << 12  # per call; a pipe accepts as much atomically
 
 
 class QueuedStream(io.TextIOBase):
-    """A text stream whose text a daemon thread writes to another stream's descriptor."""
+    """A text stream that a daemon thread writes to the descriptor of another stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.original = stream
@@ -27,12 +27,12 @@ class QueuedStream(io.TextIOBase):
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0  # including what is being written
         self._lost_lines = 0
-        self._is_stuck = False  # somebody has waited in vain, and nothing was written since
+        self._is_reader_stuck = False  # a wait for it timed out, and nothing was written since
         self._thread: threads.Thread | None = None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # typeshed's can be assigned to
-        """That of the other stream."""
+        """The encoding of the other stream."""
         return self._encoding
 
     def fileno(self) -> int:
@@ -44,11 +44,11 @@ class QueuedStream(io.TextIOBase):
         return os.isatty(self._fd)
 
     def writable(self) -> bool:
-        """Yes."""
+        """Always true."""
         return True
 
     def write(self, text: str) -> int:
-        """Queue a text. If too much waits already, it is lost, and the number of lost lines is written in its place."""
+        """Queue a text. If too much waits already, it is lost, and the number of lost lines is written instead."""
         data = text.encode(self._encoding, "backslashreplace")
         with self._changed:
             if self._waiting_bytes + len(data) > _BYTES_MAX:
@@ -60,21 +60,21 @@ class QueuedStream(io.TextIOBase):
                 self._thread = threads.Thread(target=self._run, name="pillarbox-output")
                 try:
                     self._thread.start()
-                except RuntimeError:  # the system has no thread to give; the next text tries again
+                except RuntimeError:  # the system cannot start another thread; the next `write` tries again
                     self._thread = None
             self._changed.notify_all()
         return len(text)
 
     def drain(self, timeout: float) -> bool:
-        """Wait until everything is written; False if that takes longer than `timeout` seconds."""
+        """Wait until everything is written. Returns False if that takes longer than `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
 
-    def let_catch_up(self, timeout: float) -> None:
-        """Wait a moment until everything is written, but not again while the reader stands still."""
+    def wait_for_reader(self, timeout: float) -> None:
+        """Wait at most `timeout` seconds until everything is written. Return at once if the last wait was in vain."""
         with self._changed:
-            if not self._is_stuck:
-                self._is_stuck = not self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
+            if not self._is_reader_stuck:
+                self._is_reader_stuck = not self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
 
     def _append(self, data: bytes) -> None:
         self._waiting.append(data)
@@ -94,20 +94,20 @@ class QueuedStream(io.TextIOBase):
             self._write_out(data)
             with self._changed:
                 self._waiting_bytes -= len(data)
-                self._is_stuck = False
+                self._is_reader_stuck = False
                 if not self._waiting_bytes:
                     self._append_loss()
                 self._changed.notify_all()
 
     def _write_out(self, data: bytes) -> None:
-        """Write to the descriptor, and not to the stream: at its exit the interpreter takes the stream's lock."""
-        rest = memoryview(data)
-        while rest:
+        """Write to the descriptor and not to the stream, whose lock the interpreter takes at exit."""
+        unwritten = memoryview(data)
+        while unwritten:
             try:
-                written = os.write(self._fd, rest[:_WRITE_BYTES])
-            except BlockingIOError:  # whoever shares the descriptor has made it non-blocking
+                written = os.write(self._fd, unwritten[:_WRITE_BYTES])
+            except BlockingIOError:  # a process that shares the descriptor has made it non-blocking
                 originals.select.select([], [self._fd], [])
             except OSError:  # the reader is gone, or the volume is full
                 return
             else:
-                rest = rest[written:]
+                unwritten = unwritten[written:]

@@ -31,7 +31,7 @@ from pillarbox.store import layout
 from pillarbox.store.filesystem import concerns_one_file
 from pillarbox.store.ledger import LOCKED_PROBLEM, LedgerWrite, LedgerWriter
 from pillarbox.store.ledger_entries import FAN_OUT_WRITER, AdoptedEntry, FannedOutEntry, SealedEntry
-from pillarbox.store.queue_changes import create_requested_queue, empty_requests, finish_removals, request_queue
+from pillarbox.store.queue_changes import create_requested_queue, finish_removals, remove_request_links, request_queue
 from pillarbox.store.recovery import recover
 from pillarbox.store.state_log import StateLog
 from pillarbox.store.windows import count_records
@@ -117,7 +117,7 @@ class FanOut:
         if not self._is_prepared:  # a process that made or removed queues may have died before that was durable, or complete
             self.directory.filesystem.sync_directory(self.directory.path)
             finish_removals(self.directory)
-            empty_requests(self.directory)
+            remove_request_links(self.directory)
             self._is_prepared = True
         queues = self.directory.queues()
         existing = {queue.sink for queue in queues}

@@ -1,7 +1,7 @@
 """The dead letters and damaged bytes of a file that is delivered in windows.
 
-They are written to temporary files, window by window, which get their names once the whole file is sent. If the process dies
-before that, recovery removes them, and the file is sent again from its beginning.
+They are written to temporary files, window by window. These get their final names once the whole file is sent. If the process
+dies before that, recovery removes them, and the file is sent again from its beginning.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pillarbox.store.reader import DamagedRange
     from pillarbox.store.windows import Window
 
-_READ_BYTES: Final = 1 << 20  # of the dead letters, in memory at a time
+_READ_BYTES: Final = 1 << 20  # of dead letters in memory at a time
 _INDEX_BEGIN: Final = b"[\n"
 _INDEX_SEPARATOR: Final = b",\n"
 _INDEX_END: Final = b"\n]\n"
@@ -36,7 +36,7 @@ def encode_letters(dead_letters: Mapping[int, DeadLetter]) -> bytes:
 
 
 def encode_ranges(ranges: Sequence[DamagedRange]) -> bytes:
-    """The elements of the index of damaged ranges, without what is around them."""
+    """The elements of the index of damaged ranges, without its brackets."""
     return _INDEX_SEPARATOR.join(msgspec.json.encode(damaged) for damaged in ranges)
 
 
@@ -50,34 +50,34 @@ class RequiredSpace(NamedTuple):
 
     batch: str
     dead_letter_bytes: int
-    damaged_bytes: int  # with their index
+    damaged_bytes: int  # including their index
 
 
 def quarantine_bytes(ranges: Sequence[DamagedRange]) -> int:
-    """The bytes that damaged ranges need in the quarantine: their own, and those of their index."""
+    """The bytes that damaged ranges need in the quarantine, including their index."""
     return sum(damaged.length for damaged in ranges) + len(encode_index(ranges)) if ranges else 0
 
 
 class FileRejects:
-    """What is rejected and damaged in one file, so far."""
+    """The rejected records and damaged ranges of one file so far."""
 
     def __init__(self, directory: Directory, batch: str) -> None:
         self._directory = directory
         self._batch = batch
-        self._files: dict[str, LockedFile] = {}  # by the name that they get
+        self._files: dict[str, LockedFile] = {}  # temporary files, by their final names
         self.dead_letters = self.damaged_ranges = 0
-        self.discarded: set[PurgedKind] = set()  # there is no space for these
+        self.discarded: set[PurgedKind] = set()  # kinds for which there is no space
         self._dead_letter_bytes = self._damaged_bytes = 0
 
     @property
     def required(self) -> RequiredSpace:
-        """The space that is needed so far."""
+        """The space that is required so far."""
         return RequiredSpace(self._batch, self._dead_letter_bytes, self._damaged_bytes)
 
     def required_with(self, window: Window, dead_letters: Mapping[int, DeadLetter]) -> RequiredSpace:
-        """The space that is needed with one more window."""
+        """The space that is required with one more window."""
         letters = self._dead_letter_bytes + len(encode_letters(dead_letters))
-        damaged = self._damaged_bytes + self._index_bytes(window) + sum(each.length for each in window.contents.damaged)
+        damaged = self._damaged_bytes + self._index_bytes(window) + sum(item.length for item in window.contents.damaged)
         return RequiredSpace(
             self._batch, 0 if "dead" in self.discarded else letters, 0 if "quarantine" in self.discarded else damaged
         )
@@ -89,7 +89,7 @@ class FileRejects:
         return len(encode_ranges(ranges)) + (len(_INDEX_SEPARATOR) if self.damaged_ranges else _INDEX_FRAME_BYTES)
 
     def add_window(self, window: Window, dead_letters: Mapping[int, DeadLetter]) -> None:
-        """Write what is rejected and damaged in the next window. Raises `OSError`; then nothing more may be added."""
+        """Write the rejected records and damaged ranges of the next window. After an `OSError` no window may be added."""
         required, ranges = self.required_with(window, dead_letters), window.contents.damaged
         if dead_letters and "dead" not in self.discarded:
             self._append(layout.dead_name(self._batch), encode_letters(dead_letters))
@@ -102,7 +102,7 @@ class FileRejects:
         _, self._dead_letter_bytes, self._damaged_bytes = required
 
     def discard(self, kind: PurgedKind) -> None:
-        """Keep none of a kind, because there is no space for all of it."""
+        """Discard all rejects of a kind, because there is no space for all of them."""
         self.discarded.add(kind)
         names = (
             [layout.dead_name(self._batch)]
@@ -113,7 +113,7 @@ class FileRejects:
             self._remove(name)
 
     def publish(self) -> None:
-        """Give the files their names, durably. Raises `OSError`."""
+        """Rename the files to their final names, durably. Raises `OSError`."""
         index = layout.ranges_name(self._batch)
         if index in self._files:
             self._append(index, _INDEX_END)
@@ -124,22 +124,22 @@ class FileRejects:
                 self._directory.filesystem.sync_directory(self._directory.path)
 
     def published_letters(self) -> Iterator[DeadLetter]:
-        """The dead letters, read again once they are published: all of them may be more than fits into memory."""
+        """The dead letters, read from the published file: they may not fit into memory."""
         if not self.dead_letters or "dead" in self.discarded:
             return
         filesystem = self._directory.filesystem
         fd = self._directory.open_existing(layout.dead_name(self._batch))
         try:
-            rest, offset = b"", 0
+            unfinished_line, offset = b"", 0
             while part := filesystem.read_at(fd, offset, _READ_BYTES):
                 offset += len(part)
-                *lines, rest = (rest + part).split(b"\n")
+                *lines, unfinished_line = (unfinished_line + part).split(b"\n")
                 yield from map(_decode_letter, lines)
         finally:
             filesystem.close(fd)
 
     def abandon(self) -> None:
-        """Remove the files. Idempotent."""
+        """Remove the temporary files. Idempotent."""
         for name in list(self._files):
             self._remove(name)
 

@@ -1,8 +1,8 @@
-"""Sends one file in windows, where it is larger than one: each as a batch `id:first-last`, in order, one after the other.
+"""Sends a file that is larger than a window: each window as a batch `id:first-last`, in order, one after the other.
 
-The ids, and where a window ends, are the same at every attempt. If delivery is interrupted between two windows, the file is
-sent again from its beginning, and a destination that deduplicates has the earlier windows already. The file is settled as a
-whole once all of its windows are sent, and confirmed where that is needed.
+The ids and the ends of the windows are the same at every attempt. If delivery is interrupted between two windows, the file is
+sent again from its beginning; a destination that deduplicates already has the earlier windows. The file is settled as a whole
+once all windows are sent and, if the sink needs confirmation, confirmed.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 
 class WindowsEnd(Enum):
-    """How the sending of a file in windows has ended."""
+    """How an attempt to send a file in windows ended."""
 
     SENT = "sent"  # all windows were sent
-    DEFERRED = "deferred"  # the destination rejects all of it, which proves nothing yet
-    AGAIN = "again"  # it is sent again later; it is closed already
+    DEFERRED = "deferred"  # the destination rejected all records; the verdict comes later
+    RETRY = "retry"  # the file is closed, and is sent again later
     ENDING = "ending"  # the worker must end
 
 
 class WindowsResult(NamedTuple):
-    """What became of a file; `sent` is what is to be settled, and `last` the result of the last window."""
+    """The result of one attempt."""
 
     end: WindowsEnd
-    last: SendResult
-    sent: SentBatch | None = None
+    last: SendResult  # of the last window that was sent
+    sent: SentBatch | None = None  # what must be settled, if all windows were sent
 
 
 class WindowedSender:
-    """Sends files in windows. `confirm(sent)` waits until a window is confirmed; False if it must be sent again."""
+    """Sends files in windows. `confirm(sent)` waits until a window is confirmed, and returns False if it must be sent again."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class WindowedSender:
     async def _send_windows(self, request: SendRequest, rejects: FileRejects) -> WindowsResult:
         (file,) = request.files
         accepted = duplicates = 0
-        verdict = Verdict.FINAL  # of the last window that was wholly rejected
+        verdict = Verdict.FINAL  # of the last window with rejected records
         while True:
             result = await self._sender.send(request)
             if result.verdict is None:
@@ -96,21 +96,21 @@ class WindowedSender:
                 if is_last and not accepted and verdict is not Verdict.FINAL:
                     return WindowsResult(WindowsEnd.DEFERRED, result)
                 sent = SentBatch(request.batch, [delivered] if is_last else [])
-                if not is_last and not await self._may_go_on(sent, result, request):
-                    return WindowsResult(WindowsEnd.AGAIN, result)
+                if not is_last and not await self._can_continue(sent, result, request):
+                    return WindowsResult(WindowsEnd.RETRY, result)
                 if is_last:
                     file.payloads = request.batch.payloads = ()
                     return WindowsResult(WindowsEnd.SENT, result, sent)
                 request.advance(result)
             except QuarantineFullError as full:
                 self._settler.hold_without_space(delivered, full)
-                return WindowsResult(WindowsEnd.AGAIN, result)
+                return WindowsResult(WindowsEnd.RETRY, result)
             except (OSError, FileUnusableError, MemoryError) as error:
                 self._settler.hold_failed(delivered, error)
-                return WindowsResult(WindowsEnd.AGAIN, result)
+                return WindowsResult(WindowsEnd.RETRY, result)
 
-    async def _may_go_on(self, sent: SentBatch, result: SendResult, request: SendRequest) -> bool:
-        """Whether to send the next window, once this one is confirmed. Where not, the file is closed."""
+    async def _can_continue(self, sent: SentBatch, result: SendResult, request: SendRequest) -> bool:
+        """Wait until this window is confirmed. Returns whether to send the next one; if not, the file is closed."""
         is_confirmed = not self._needs_confirmation or not result.accepted or await self._confirm(sent)
         if is_confirmed and self._lease.is_held:
             return True

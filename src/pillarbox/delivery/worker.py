@@ -31,7 +31,7 @@ from pillarbox.stats import DeliveryCounters
 from pillarbox.store import layout
 from pillarbox.store.ledger import LOCKED_PROBLEM
 from pillarbox.store.ledger_entries import AdoptedEntry
-from pillarbox.store.queue_changes import empty_requests
+from pillarbox.store.queue_changes import remove_request_links
 from pillarbox.store.recovery import recover
 from pillarbox.system import threads
 
@@ -173,7 +173,7 @@ class Worker:
                 await self._pause(min(self._config.poll_interval_s, _TAKEOVER_POLL_S))
                 return
             if not self._is_prepared:
-                empty_requests(self._directory)
+                remove_request_links(self._directory)
                 self._is_prepared = True
             if await self._belongs_to_queues() or (not self._is_open and not await self._open_sink()):
                 return

@@ -1,8 +1,8 @@
-"""The event loop that sinks run on: whatever blocks in it blocks a daemon thread, for which nothing waits at the end.
+"""The event loop that sinks run on. It makes blocking calls on daemon threads, for which nothing waits at the end.
 
-asyncio resolves names, and runs the functions of `asyncio.to_thread`, in an executor. `asyncio.run` waits for its threads, and
-so does the interpreter at its exit. `getaddrinfo` cannot be interrupted and takes minutes if the name server does not answer.
-Here every such call has a daemon thread, and a name that is not resolved in time is an error that is retried.
+asyncio resolves names and runs the functions of `asyncio.to_thread` in an executor. `asyncio.run` waits for its threads, and so
+does the interpreter at exit. `getaddrinfo` cannot be interrupted, and takes minutes if the name server does not answer. Here
+each such call runs on a daemon thread, and a name that is not resolved in time is an error that is retried.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-# For one name. Longer than the 5 s after which the system's resolver asks the next server, shorter than the time to connect.
+# For one name. Longer than the 5 s after which the system's resolver asks the next server; shorter than the connect timeout.
 RESOLVE_TIMEOUT_S: Final = 8.0
-_LOOKUP_THREADS_MAX: Final = 16  # each with another name; further names wait
+_LOOKUP_THREADS_MAX: Final = 16  # each resolves one name; further names wait
 _CALL_THREADS_MAX: Final = 32  # for `asyncio.to_thread` in sinks of other packages
 
 
 def run_on_sink_loop(main: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine that uses sinks: `asyncio.run`, except that calls that block are left behind at the end."""
+    """Run a coroutine that uses sinks, as `asyncio.run` does, but without waiting for blocked calls at the end."""
     with asyncio.Runner(loop_factory=SinkEventLoop) as runner:
         return runner.run(main)
 
 
 def resolve_address(host: str, port: int, *, kind: int, flags: int) -> tuple[int, Any]:
-    """The family and the address of the first answer for a host. Raises `OSError`, also if there is no answer in time."""
+    """The family and the first address of a host. Raises `OSError`, also if there is no answer within `RESOLVE_TIMEOUT_S`."""
     lookup = DaemonExecutor("pillarbox-resolver", 1).submit(getaddrinfo, host, port, type=kind, flags=flags)
     try:
         family, _, _, _, address = lookup.result(RESOLVE_TIMEOUT_S)[0]
@@ -52,7 +52,7 @@ class SinkEventLoop(SystemEventLoop):
         super().__init__()
         self._calls = DaemonExecutor("pillarbox-sink-call", _CALL_THREADS_MAX)
         self._resolver = DaemonExecutor("pillarbox-resolver", _LOOKUP_THREADS_MAX)
-        self._lookups: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # under way, by what is asked
+        self._lookups: dict[tuple[Any, ...], asyncio.Future[Any]] = {}  # in progress, by query
 
     def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """Run a function in an executor; by default, on a daemon thread."""
@@ -68,34 +68,34 @@ class SinkEventLoop(SystemEventLoop):
         proto: int = 0,
         flags: int = 0,
     ) -> Any:
-        """Resolve a name; raises `socket.gaierror`, also if there is no answer in time."""
+        """Resolve a name; raises `socket.gaierror`, also if there is no answer within `RESOLVE_TIMEOUT_S`."""
         return await self._look_up(getaddrinfo, host, port, family, type, proto, flags)
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> Any:
-        """Find the name of an address; raises `socket.gaierror`, also if there is no answer in time."""
+        """Find the name of an address; raises `socket.gaierror`, also if there is no answer within `RESOLVE_TIMEOUT_S`."""
         return await self._look_up(getnameinfo, sockaddr, flags)
 
     async def _look_up(self, function: Callable[..., Any], *query: Any) -> Any:
-        """Ask, or wait for the same question that is being asked already: an attempt that gave up may have left it behind."""
+        """Start a lookup, or wait for the same one if an earlier attempt that timed out left it running."""
         lookup = self._lookups.get((function, *query))
         if lookup is None:
             lookup = self._lookups[function, *query] = self.run_in_executor(self._resolver, function, *query)
-            lookup.add_done_callback(lambda done: self._end_lookup((function, *query), done))
+            lookup.add_done_callback(lambda ended: self._end_lookup((function, *query), ended))
         done, _ = await asyncio.wait({lookup}, timeout=RESOLVE_TIMEOUT_S)
         if not done:
             raise _unresolved(query[0])
         return lookup.result()
 
     def close(self) -> None:
-        """Close the loop. What is still being resolved is left to its thread."""
+        """Close the loop without waiting for the lookups in progress."""
         for lookup in self._lookups.values():
-            lookup.cancel()  # or its thread would report to a loop that is closed
+            lookup.cancel()  # otherwise its thread would report to a closed loop
         super().close()
 
     def _end_lookup(self, query: tuple[Any, ...], lookup: asyncio.Future[Any]) -> None:
         del self._lookups[query]
         if not lookup.cancelled():
-            lookup.exception()  # retrieved, or asyncio would log it where nobody waits any more
+            lookup.exception()  # retrieve it: otherwise asyncio logs it if nothing waits for the lookup anymore
 
 
 def _unresolved(host: object) -> gaierror:
@@ -105,7 +105,7 @@ def _unresolved(host: object) -> gaierror:
 
 
 class _SystemFuture(Future[T]):
-    """A future whose threads wait for the system, and not for greenlets."""
+    """A future that threads of the system can wait for, also if locks were replaced by those of greenlets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class DaemonExecutor(Executor):
         self._threads = 0
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have a function called as soon as a thread is free. Raises `RuntimeError` if there is no thread at all."""
+        """Call a function once a thread is free. Raises `RuntimeError` if none runs and none can be started."""
         future: Future[T] = _SystemFuture()
         call = _Call(future, lambda: fn(*args, **kwargs))
         with self._lock:
@@ -138,7 +138,7 @@ class DaemonExecutor(Executor):
             self._threads += 1
         try:
             threads.Thread(target=self._run_calls, name=self._thread_name).start()
-        except RuntimeError:  # the system has no thread to give: one that runs takes the call over
+        except RuntimeError:  # the system cannot start another thread: a running one makes the call
             with self._lock:
                 self._threads -= 1
                 if not self._threads and call in self._waiting:

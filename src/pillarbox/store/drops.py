@@ -1,7 +1,7 @@
 """Reports dropped events: in the log when they begin and end, and in the ledger, so that other processes know of them.
 
-Both are bounded in rate, whatever the number of drops: two log lines for each time that a reason lasts, and one ledger entry
-for each reason in ten seconds.
+Both are limited, whatever the number of drops: two log lines for each episode of a reason, and one ledger entry for each reason
+in ten seconds.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pillarbox")
 
-QUIET_S: Final = 10.0  # without a drop for a reason: then it has ended
+QUIET_S: Final = 10.0  # without a drop for a reason, until its episode ends
 LEDGER_INTERVAL_S: Final = 10.0  # between two ledger entries for a reason
 
 
 class _Episode(NamedTuple):
-    """A time in which events are dropped for one reason."""
+    """A period in which events are dropped for one reason."""
 
     began_s: float  # monotonic
     last_s: float  # when the last drop was seen
@@ -38,9 +38,9 @@ class DropRecorder:
         path: The outbox directory, for the log.
         writer: The id of the writer.
         clock: Where time comes from.
-        ledger: Gets the entries; None: only the log tells of drops.
+        ledger: Receives the entries; None: drops are only logged.
         read_totals: Returns the number of dropped events by reason.
-        uncounted: Reasons that `when_full="block"` takes back, because the event is tried again.
+        uncounted: Reasons whose drops `when_full="block"` subtracts again, because it retries the event.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The content of a file in parts, so that a file of any size can be copied."""
+"""Reads a file in parts, so that a file of any size can be copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TAIL_READ_BYTES: Final = 64 * 1024  # read at a time to find the last whole lin
 def parts_of(
     filesystem: Filesystem, fd: int, size: int | None = None, in_memory: Iterable[tuple[int, bytes]] = ()
 ) -> Iterator[bytes]:
-    """The first `size` bytes of an open file, or all of it. Over them goes `in_memory`: bytes with their offsets.
+    """The first `size` bytes of an open file, or all of it, overwritten by `in_memory`: pairs of an offset and bytes.
 
     Raises `OSError`.
     """

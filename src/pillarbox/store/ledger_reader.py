@@ -1,6 +1,6 @@
 """Reads a ledger of any size in parts.
 
-A ledger is compacted at 4 MiB, but one that could not be compacted for a long time, or that somebody has made, may be larger
+A ledger is compacted at 4 MiB. One that could not be compacted for a long time, or that another program wrote, may be larger
 than the memory.
 """
 

@@ -1,8 +1,8 @@
-"""Makes, renames and removes the queues of several sinks, in an order that a crash at any moment leaves safe.
+"""Creates, renames and removes the queues of several sinks, in an order that is safe if the process dies at any moment.
 
-A queue that is being made is `sink-<name>.adding`, and one that is being removed `sink-<name>.removing`. Neither counts as a
-queue. What a process that died left of them is finished by the next one: removals by every start and every recovery
-(`finish_removals`), links of a queue that was never completed by whoever holds the lease (`empty_requests`).
+The directory of a queue that is being created is `sink-<name>.adding`, and that of one being removed `sink-<name>.removing`.
+Neither counts as a queue. If the process dies, another one cleans up: every start and every recovery completes removals
+(`finish_removals`), and the holder of the lease removes the links of a queue that was not completed (`remove_request_links`).
 
 A directory is synced before it is renamed. Otherwise a power loss may bring back names that were removed from it, under the new
 name: hard links to batches that the outbox directory has again.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import LedgerWriter
 
-_REMOVED: Final = ""  # the new name of a queue that is removed
+_REMOVED: Final = ""  # the new name in the ledger entry of a queue that is removed
 
 
 def request_queue(directory: Directory, sink: str) -> None:
@@ -34,9 +34,9 @@ def request_queue(directory: Directory, sink: str) -> None:
 
 
 def create_requested_queue(directory: Directory, sink: str) -> list[str]:
-    """Create the requested queue of a sink, with all batches that wait here or in another queue. Returns their names.
+    """Create the requested queue of a sink, with all pending batches of the outbox and of other queues. Returns their names.
 
-    After a crash it is done again from the beginning.
+    After a crash, the next call starts again from the beginning.
     """
     filesystem = directory.filesystem
     adding = directory.path_of(layout.adding_name(sink))
@@ -48,11 +48,11 @@ def create_requested_queue(directory: Directory, sink: str) -> list[str]:
             try:
                 filesystem.link(source.path_of(name), f"{adding}/{name}")
             except (FileNotFoundError, PermissionError):
-                del names[layout.batch_id(name)]  # just delivered, or compressed; or another user's
+                del names[layout.batch_id(name)]  # just delivered or compressed, or owned by another user
             except FileExistsError:
                 pass  # linked from another queue, or by an earlier attempt
     for name in list(filesystem.list_names(adding, ALL_NAMES)):
-        if layout.batch_id(name) not in names:  # linked by an earlier attempt, and evicted since
+        if layout.batch_id(name) not in names:  # linked by an earlier attempt, and evicted after it
             directory.remove(f"{layout.adding_name(sink)}/{name}")
     directory.rename_subdirectory(layout.adding_name(sink), layout.queue_name(sink))
     return sorted(names.values())
@@ -63,10 +63,10 @@ def cancel_queue_request(directory: Directory, sink: str) -> None:
     _remove_subdirectory(directory, sink, layout.adding_name(sink))
 
 
-def empty_requests(directory: Directory) -> None:
-    """Remove the links that a process left which died while it created a requested queue; the requests stay.
+def remove_request_links(directory: Directory) -> None:
+    """Remove the links of a process that died while it created a requested queue. The requests stay.
 
-    Only the process that holds the lease of the directory may do so: it is the one that creates queues.
+    Only the holder of the lease may call this, because it is the one that creates queues.
     """
     for name in directory.filesystem.subdirectories(directory.path):
         if layout.sink_of_adding(name) is not None:
@@ -74,7 +74,7 @@ def empty_requests(directory: Directory) -> None:
 
 
 def rename_queue(queue: Directory, new: str, ledger: LedgerWriter, clock: Clock) -> None:
-    """Make a queue that of another sink. Raises `OSError` where the ledger cannot be written; nothing is renamed then."""
+    """Give a queue to another sink. Raises `OSError` if the ledger cannot be written; then nothing is renamed."""
     outbox = _outbox_of(queue)
     _record_rename(ledger, clock, queue.sink, new)
     outbox.rename_subdirectory(layout.queue_name(queue.sink), layout.queue_name(new))
@@ -83,19 +83,19 @@ def rename_queue(queue: Directory, new: str, ledger: LedgerWriter, clock: Clock)
 def remove_queue(queue: Directory, ledger: LedgerWriter, clock: Clock, *, return_batches: bool = False) -> None:
     """Remove a queue and everything in it; with `return_batches`, its batches go back to the outbox directory first.
 
-    Nobody may deliver the queue, or, with `return_batches`, fan out, meanwhile. It stops being a queue at once; after a crash
-    `finish_removals` removes the rest. Raises `OSError` where the ledger cannot be written; the queue stays then.
+    Meanwhile no process may deliver the queue or, with `return_batches`, fan out. The first rename ends the queue; after a
+    crash `finish_removals` removes the rest. Raises `OSError` if the ledger cannot be written; then the queue stays.
     """
     outbox = _outbox_of(queue)
     if return_batches:
         _return_batches(queue, outbox, ledger, clock)
-    # Before it is done: otherwise a later queue of that name would miss the batches of this one.
+    # Before the removal: otherwise `verify` would count the batches of this queue as missing from a later one of its name.
     _record_rename(ledger, clock, queue.sink, _REMOVED)
     _remove_subdirectory(outbox, queue.sink, layout.queue_name(queue.sink))
 
 
 def finish_removals(directory: Directory) -> None:
-    """Remove what is left of queues that were being removed. Another process may do the same at this moment."""
+    """Complete the removal of queues. Another process may do the same at the same time."""
     for name in filter(layout.is_removing_name, directory.filesystem.subdirectories(directory.path)):
         with contextlib.suppress(FileNotFoundError):
             _remove_files(directory, name)
@@ -125,9 +125,9 @@ def _record_rename(ledger: LedgerWriter, clock: Clock, sink: str, new: str) -> N
 
 
 def _return_batches(queue: Directory, outbox: Directory, ledger: LedgerWriter, clock: Clock) -> None:
-    """Link the batches of a queue into the outbox directory, enter that into the ledger, and remove them from the queue.
+    """Link the batches of a queue into the outbox directory, add ledger entries for them, and remove them from the queue.
 
-    In this order: if the process dies before the entries, the links in the queue do not count, and everything is done again.
+    If the process dies before the entries are written, the batches still belong to the queue, and the next attempt repeats all.
     """
     filesystem = outbox.filesystem
     names = sorted(queue.all_sealed_names())
@@ -138,7 +138,7 @@ def _return_batches(queue: Directory, outbox: Directory, ledger: LedgerWriter, c
     filesystem.sync_directory(outbox.path)
     fold = LedgerFold(read_ledger(outbox).entries)
     for name in names:
-        # A name that the outbox directory had already was never fanned out, or returned by an attempt that was cut short.
+        # A batch that the outbox directory already had was never fanned out, or was linked by an attempt that was interrupted.
         if name not in outbox_names or fold.may_be_fanned_out(layout.batch_id(name)):
             ledger.add(_returned_entry(queue, name, clock.micros()))
     ledger.write_or_raise()

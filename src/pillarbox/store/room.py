@@ -1,4 +1,4 @@
-"""What a directory gives up on a full volume for what must be stored: spares, and batches that are retained."""
+"""Frees space on a full volume for files that must be written, by removing spares and retained batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def give_up_room(directory: Directory, give_up_spares: Callable[[], bool] = lambda: False) -> bool:
-    """Remove the spares if the volume has no inode, and otherwise the retained batch that was delivered first.
+    """Remove the spares if the volume has no free inode, and otherwise the retained batch that was delivered first.
 
     Returns whether anything was removed. `give_up_spares` removes those of this process. Raises `OSError`.
     """

@@ -141,9 +141,8 @@ class Sealer:
         self._pace_s = _PACE_EVICTING_S if evicts else _PACE_S
         self._unsynced_lines: UnsyncedLines = (lambda _: ()) if committer is None else committer.unsynced_lines
         self._syncs_spare_names = syncs_spare_names  # answers callers with `durability="power"`
-        self._sync_at_once = (
-            1 if syncs_spare_names else RETIRED_MAX
-        )  # segments synced in one call; a caller that waits for one of them waits for all
+        # Segments synced in one call: a caller that waits for one of them waits for all.
+        self._sync_at_once = 1 if syncs_spare_names else RETIRED_MAX
         self._active_since: tuple[str, float] | None = None
         writer_id = writer._writer_id  # noqa: SLF001 - the ledger's entries have the writer's id
         self._drop_recorder = DropRecorder(directory.path, writer_id, clock, ledger, self._drop_totals, uncounted_drops)
@@ -153,7 +152,7 @@ class Sealer:
         self.sealed: dict[str, int] = dict.fromkeys(get_args(SealReason), 0)
 
     def start(self) -> None:
-        """Start the thread, which waits for `run_rounds`. Raises `RuntimeError` if the system has no thread to give."""
+        """Start the thread, which waits for `run_rounds`. Raises `RuntimeError` if the system cannot start another thread."""
         self._seal_requests.has_new()  # requests that were made earlier do not concern this writer
         gate = _StartGate()
         thread = threads.Thread(target=self._run, args=(gate,), name="pillarbox-sealer")

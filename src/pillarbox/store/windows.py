@@ -1,6 +1,6 @@
-"""A batch file of any size, read in windows: so much of it is in memory at a time.
+"""Reads a batch file of any size in windows, so that only a part of it is in memory.
 
-A window ends with a line, so that the records of a window are the same at every attempt. Most files are one window.
+A window ends with a line, so that its records are the same at every attempt. Most files are one window.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
     from pillarbox.store.filesystem import Filesystem
 
-# A batch of the usual size is one window. Decoded events may take ten times as much memory as their lines, and two windows may
-# be in memory: the one that is sent and the next.
+# A batch of the usual size is one window. Decoded events may take ten times the memory of their lines, and two windows may be
+# in memory: the one that is being sent and the next.
 WINDOW_BYTES: Final = 2 * 2**20
-TOO_LONG: Final = "too_long"  # of a line that is longer than a window; the longest record has an eighth of that
+TOO_LONG: Final = "too_long"  # the reason for a line longer than a window; the longest record has an eighth of that
 
 
 class Window(NamedTuple):
     """A part of a file: whole lines, or a part of a line that is longer than a window."""
 
-    contents: FileContents  # the ranges say where they are in the file
+    contents: FileContents  # offsets of damaged ranges are those in the file
     data: bytes  # the lines
     offset: int  # of `data` in the file
     is_last: bool
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 
 
 def no_yield() -> None:
-    """Yield nothing: nobody waits for the GIL."""
+    """Do nothing: no other thread waits for the GIL."""
 
 
 def read_windows(
@@ -53,10 +53,10 @@ def read_windows(
     window_bytes: int = WINDOW_BYTES,
     size: int | None = None,
 ) -> Iterator[Window]:
-    """The windows of an open file, compressed or not, or of its first `size` bytes; at least one, also of an empty file.
+    """The windows of an open file, compressed or not, or of its first `size` bytes. An empty file has one window.
 
-    A compressed file is decompressed as a whole, because its size is limited. What follows a damaged place in it is unknown, so
-    its last range is the whole compressed file. Raises `OSError`, and `FileUnusableError` where zstd is missing.
+    A compressed file is decompressed as a whole, because its size is limited. The rest of it after damage is unknown, so the
+    last range is the whole compressed file. Raises `OSError`, and `FileUnusableError` if zstd is missing.
     """
     size = filesystem.size(fd) if size is None else size
     if not name.endswith(layout.COMPRESSED_SUFFIX):
@@ -72,7 +72,7 @@ def count_records(
 ) -> tuple[int, int]:
     """The numbers of good records and of damaged ranges in an open file. Raises the errors of `read_windows`.
 
-    Of a file that is growing, only whole lines count.
+    In a growing file, only whole lines count.
     """
     records = ranges = 0
     end = end_of_last_line(filesystem, fd, filesystem.size(fd)) if is_growing else None
@@ -94,18 +94,18 @@ def _line_windows(
             contents = reader.read_lines(data[:end], yield_gil, is_rest_of_line=is_rest_of_line)
             is_rest_of_line = False
         else:
-            # A record behind NUL bytes is a record, so a window may begin behind them.
+            # A record after NUL bytes is valid, so a window may begin after them.
             end = data.rfind(b"\0") + 1
             is_rest_of_line, end = not end, end or len(data)
             contents = FileContents([], [DamagedRange(0, end, TOO_LONG)])
-        yield Window(_moved(contents, offset), data[:end], offset, is_last)
+        yield Window(_with_file_offsets(contents, offset), data[:end], offset, is_last)
         if is_last:
             return
         offset += end
 
 
-def _moved(contents: FileContents, offset: int) -> FileContents:
-    """The same contents, for a window that begins at `offset`."""
+def _with_file_offsets(contents: FileContents, offset: int) -> FileContents:
+    """The contents of a window that begins at `offset`, with the offsets of damaged ranges in the file."""
     if not offset or not contents.damaged:
         return contents
     damaged = [msgspec.structs.replace(damaged, offset=offset + damaged.offset) for damaged in contents.damaged]
@@ -125,7 +125,7 @@ def _decompressed_windows(name: str, data: bytes, yield_gil: Callable[[], None],
 
 
 def _damaged_windows(filesystem: Filesystem, fd: int, size: int, window_bytes: int) -> Iterator[Window]:
-    """The windows of a compressed file that is larger than any of ours."""
+    """The windows of a compressed file that is larger than any that Pillarbox writes."""
     reason = f"{reader.BAD_COMPRESSION}has more than {compression.PLAIN_BYTES_MAX} bytes"
     for offset in range(0, size, window_bytes):
         data = filesystem.read_at(fd, offset, window_bytes)

@@ -1,10 +1,11 @@
-"""Threads, locks, clocks, sockets and processes of the operating system, whatever has been replaced in the standard library.
+"""Threads, locks, clocks, sockets and processes of the operating system, even if the standard library is patched.
 
-gevent and eventlet replace functions of the standard library, so that what looks like a thread is a greenlet of one thread.
-Delivery must not run so: it has an event loop of its own, and waits for the disk. All other modules take from here what such a
-library replaces. It makes no difference whether that happens before or after Pillarbox is imported. `originals.py` finds what
-was replaced, `threads.py` has threads and what they wait with, `sockets.py` sockets, `processes.py` child processes.
+gevent and eventlet patch functions of the standard library, so that `threading.Thread` starts a greenlet. Delivery cannot run
+in a greenlet: it has its own event loop, and waits for the disk. So all other modules import from here what such a library
+patches. It makes no difference whether it patches before or after Pillarbox is imported. `originals.py` has the unpatched
+modules, `threads.py` threads, locks and events, `sockets.py` sockets, `event_loop.py` the event loop of asyncio, and
+`processes.py` child processes.
 
-The application's own greenlets call Pillarbox too. What may take long (`flush`, `close`, `when_full="block"`) lets other
+The application's greenlets call Pillarbox too. Calls that may take long (`flush`, `close`, `when_full="block"`) let other
 greenlets run meanwhile. A single write or sync of the disk does not.
 """

@@ -1,7 +1,7 @@
-"""An event loop of asyncio that waits for the system, not for greenlets.
+"""An event loop of asyncio that uses the sockets and the selector of the system.
 
-asyncio takes its selector and its sockets from modules that gevent and eventlet patch. What they put there waits in the loop of
-greenlets of the thread, which nobody runs in ours.
+asyncio imports its selector and its sockets from modules that gevent and eventlet patch. Patched ones wait in the greenlet loop
+of their thread, which does not run in the threads of Pillarbox.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from pillarbox.system import originals
 from pillarbox.system.sockets import Socket, selectors, socket_pair
 
-# What asyncio imports when it first needs it. A thread that delivers must not import: a process that is forked meanwhile, or
-# whose locks gevent replaces meanwhile, would wait for the import for ever.
+# asyncio imports these modules when it first needs them. A delivery thread must not import: if the process forks or gevent
+# replaces its locks meanwhile, it would wait for the import lock forever.
 for _name in ("concurrent.futures.thread", "encodings.idna"):
     import_module(_name)
 
@@ -35,7 +35,7 @@ class SystemEventLoop(asyncio.SelectorEventLoop):
         loop._add_reader(loop._ssock.fileno(), loop._read_from_self)
 
     async def create_connection(self, protocol_factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        """Connect; where sockets are those of greenlets, with one of the system to the first address that answers."""
+        """Connect. If sockets are patched, connect a socket of the system to the first address that accepts."""
         if options.get("sock") is not None or host is None or not originals.are_sockets_replaced():
             return await super().create_connection(protocol_factory, host, port, **options)
         for name in ("happy_eyeballs_delay", "interleave", "all_errors"):

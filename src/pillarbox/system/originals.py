@@ -1,7 +1,7 @@
-"""Modules of the standard library as they are without patches.
+"""Unpatched copies of modules of the standard library.
 
-A function of C code that was replaced is found in a new copy of its module, which nobody else has. The copy is made at import
-in any case: patches that come later change the module, and not the copy.
+A new copy of a C module has the original functions, whatever was patched in the module before. The copies are made at import,
+so that later patches change the modules and not the copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def copy_module(name: str) -> Any:
-    """A new copy of a module of C code, with the functions that the system has."""
+    """A new copy of a C module, with its original functions."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.loader is None:
         raise ImportError(f"there is no module {name}", name=name)
@@ -26,15 +26,17 @@ def copy_module(name: str) -> Any:
 
 
 def copy_python_module(name: str, **replacements: object) -> Any:
-    """A new copy of a module of Python code that imports `replacements` in place of the modules of these names."""
+    """A new copy of a Python module that imports `replacements` instead of the modules with these names."""
     spec = importlib.util.find_spec(name)
     code = spec.loader.get_code(name) if spec is not None and hasattr(spec.loader, "get_code") else None  # type: ignore[union-attr]
     if code is None:
         raise ImportError(f"there is no source of the module {name}", name=name)
     module = ModuleType(f"pillarbox copy of {name}")
 
-    def import_module(wanted: str, *others: Any, **keywords: Any) -> Any:
-        return replacements[wanted] if wanted in replacements else builtins.__import__(wanted, *others, **keywords)
+    def import_module(module_name: str, *others: Any, **keywords: Any) -> Any:
+        if module_name in replacements:
+            return replacements[module_name]
+        return builtins.__import__(module_name, *others, **keywords)
 
     vars(module)["__builtins__"] = vars(builtins) | {"__import__": import_module}
     exec(code, vars(module))  # noqa: S102 - the standard library's own code
@@ -55,20 +57,20 @@ select: Any = copy_module("select")
 
 
 def are_threads_replaced() -> bool:
-    """Whether a thread that the application starts now is a greenlet."""
+    """Whether `threading` is patched, so that a thread that the application starts is a greenlet."""
     module: Any = sys.modules["_thread"]
     return getattr(module.start_new_thread, "__module__", "") != "_thread"
 
 
 def are_sockets_replaced() -> bool:
-    """Whether sockets that the application makes now wait for other greenlets."""
+    """Whether `socket` is patched, so that the sockets of the application are those of greenlets."""
     module: Any = sys.modules.get("socket")
     return module is not None and module.socket.__module__ != "socket"
 
 
-def standing_still() -> str:
-    """Why threads of this process hardly run; empty if they do."""
-    uwsgi: Any = sys.modules.get("uwsgi")  # exists in its processes only
+def blocked_threads_problem() -> str:
+    """Why threads of this process run only now and then; "" if they run."""
+    uwsgi: Any = sys.modules.get("uwsgi")  # the module exists only in uWSGI's processes
     options = getattr(uwsgi, "opt", {})
     if uwsgi is None or "enable-threads" in options or int(options.get("threads", 1)) > 1:
         return ""
@@ -76,6 +78,6 @@ def standing_still() -> str:
 
 
 def replacing_library() -> str:
-    """The name of the library that has replaced threads; empty if there is none."""
+    """The name of the library that patched `threading`; "" if there is none."""
     module: Any = sys.modules["_thread"]
     return str(module.start_new_thread.__module__).partition(".")[0] if are_threads_replaced() else ""

@@ -17,21 +17,21 @@ from pillarbox.system.threads import Lock, pause
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-INHERITED_FD: Final = 3  # of a child process: what it gets from its parent
-_POLL_S: Final = 0.01  # between two looks whether a process has ended
+INHERITED_FD: Final = 3  # the number, in a child process, of the file that its parent passes to it
+_POLL_S: Final = 0.01  # between two checks whether a process has ended
 _RESET_SIGNALS: Final = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
 
 
 class SystemProcess:
-    """A process in a session of its own, which gets one file of this process and no standard input.
+    """A child process in its own session, which inherits one file and has no standard input.
 
-    `subprocess` learns through a pipe that a program runs. A process that C code forks meanwhile keeps that pipe open, and
-    `subprocess` waits for it. This waits for nothing but the new process.
+    `subprocess` waits until a pipe is closed, which shows that the program runs. A process that C code forks at this moment
+    keeps the pipe open, and `subprocess` waits for that process too. This class waits for the new process only.
     """
 
     def __init__(self, command: Sequence[str], fd: int) -> None:
-        """Start a program. Raises `OSError` if that is impossible."""
-        # A copy has another number, so that it stays open in the child.
+        """Start a program. Raises `OSError` if it cannot be started."""
+        # A copy onto its own number would stay close-on-exec, so the file is copied to another number first.
         actions: list[Any] = [
             (os.POSIX_SPAWN_DUP2, fd, INHERITED_FD + 1),
             (os.POSIX_SPAWN_DUP2, INHERITED_FD + 1, INHERITED_FD),
@@ -44,11 +44,11 @@ class SystemProcess:
         )
 
     def poll(self) -> int | None:
-        """Its exit code, or minus the signal that ended it; None while it runs."""
+        """The exit code, or the negative number of the signal that ended the process; None while it runs."""
         if self.returncode is None:
             try:
                 pid, status = posix.waitpid(self.pid, posix.WNOHANG)
-            except ChildProcessError:  # other code of this process has taken the exit code
+            except ChildProcessError:  # other code in this process has collected the exit code
                 self.returncode = 0
             else:
                 if pid:
@@ -56,7 +56,7 @@ class SystemProcess:
         return self.returncode
 
     def wait(self, timeout: float) -> bool:
-        """Wait until it has ended, for at most `timeout` seconds. Returns whether it has."""
+        """Wait at most `timeout` seconds until the process has ended. Returns whether it has."""
         clock = SystemClock()
         deadline = clock.monotonic() + timeout
         while self.poll() is None:
@@ -66,14 +66,14 @@ class SystemProcess:
         return True
 
     def kill(self) -> None:
-        """Kill it, unless it has ended."""
+        """Kill the process unless it has ended."""
         if self.poll() is None:
             posix.kill(self.pid, signal.SIGKILL)
 
 
 @cache
 def original_subprocess() -> Any:
-    """A copy of the module `subprocess` that waits for processes, and for nothing but the system."""
+    """A copy of the module `subprocess` that uses the unpatched modules."""
     return originals.copy_python_module(
         "subprocess",
         os=originals.original_os(),

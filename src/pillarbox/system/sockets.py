@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Socket(_socket.socket):
-    """A socket whose calls wait for nothing but the system, and for which no default timeout of the application holds."""
+    """A socket of the system, which ignores `socket.setdefaulttimeout`."""
 
     def __init__(self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, kind, proto, fileno)
@@ -25,7 +25,7 @@ class Socket(_socket.socket):
         self.close()
 
     def accept(self) -> tuple[Socket, Any]:
-        """Accept a connection: its socket, which is not inherited by child processes, and the address of the client."""
+        """Accept a connection. Returns its socket, which child processes do not inherit, and the address of the client."""
         fd, address = self._accept()  # type: ignore[attr-defined]
         return Socket(self.family, self.type, self.proto, fd), address
 

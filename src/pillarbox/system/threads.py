@@ -1,8 +1,7 @@
-"""Threads of the system, and what they wait with.
+"""Threads of the system, and their locks, events and conditions.
 
-They do what their namesakes in `threading` do, which are greenlets and wait for greenlets after gevent or eventlet have patched
-the standard library. A greenlet of the application that waits here lets the others run: it looks now and then whether it can
-go on.
+They behave like the classes of the same names in `threading`, and stay threads of the system if gevent or eventlet patch the
+standard library. A greenlet of the application that waits here lets other greenlets run, and polls whether it can continue.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = ["Condition", "Empty", "Event", "Lock", "RLock", "SimpleQueue", "Threa
 
 T = TypeVar("T")
 
-_GREENLET_POLL_S: Final = 0.005  # between two looks of a greenlet that waits
+_GREENLET_POLL_S: Final = 0.005  # between two polls of a greenlet that waits
 _TIMEOUT_MAX_S: Final[float] = originals.thread.TIMEOUT_MAX
 
 _thread_id: Callable[[], int] = originals.thread.get_ident
@@ -37,7 +36,7 @@ _own_threads: set[int] = set()
 
 
 def forget_parent_threads() -> None:
-    """In a forked child: the threads of the parent do not exist here."""
+    """Clear the ids of threads in a forked child, where the threads of the parent do not exist."""
     _own_threads.clear()
 
 
@@ -47,7 +46,7 @@ def is_own_thread() -> bool:
 
 
 def start_greenlet(function: Callable[[], object], name: str) -> None:
-    """Run a function as the application runs its threads, which are greenlets by now."""
+    """Run a function in a greenlet: if `threading` is patched, it starts one."""
     threading.Thread(target=function, name=name, daemon=True).start()
 
 
@@ -57,28 +56,28 @@ def caller_id() -> int:
 
 
 def pause(seconds: float) -> None:
-    """Wait; other threads and greenlets run on."""
+    """Wait, while other threads and greenlets run."""
     if _is_greenlet() and let_greenlets_run(seconds):
         return
     originals.time.sleep(max(0.0, seconds))
 
 
 def _is_greenlet() -> bool:
-    """Whether the caller may be a greenlet of the application, and others of its thread wait while it does."""
+    """Whether the caller may be a greenlet of the application. If it blocks, the other greenlets of its thread do not run."""
     return originals.are_threads_replaced() and not is_own_thread()
 
 
 def let_greenlets_run(seconds: float) -> bool:
-    """Wait as the application would. False where that is not allowed, as in a signal handler."""
+    """Wait in the greenlet loop. Returns False where that is not possible, as in a signal handler."""
     try:
         sys.modules["time"].sleep(max(0.0, seconds))
-    except AssertionError:  # the loop of greenlets itself was interrupted, and must not wait for itself
+    except AssertionError:  # the greenlet loop itself was interrupted by a signal, and cannot wait for itself
         return False
     return True
 
 
 def _acquire(lock: Lock, timeout: float | None) -> bool:
-    """Acquire a lock that another thread or greenlet releases, within so many seconds."""
+    """Acquire a lock that another thread or greenlet releases. Returns False after `timeout` seconds."""
     if not _is_greenlet():
         return lock.acquire(timeout=-1 if timeout is None else min(max(0.0, timeout), _TIMEOUT_MAX_S))
     deadline = None if timeout is None else _clock.monotonic() + timeout
@@ -92,7 +91,7 @@ def _acquire(lock: Lock, timeout: float | None) -> bool:
 
 
 class Event:
-    """`threading.Event`, whose `set` may also interrupt itself, as a signal handler does."""
+    """`threading.Event`, except that a signal handler may call `set` in the middle of `set`."""
 
     def __init__(self) -> None:
         self._is_set = False
@@ -100,36 +99,36 @@ class Event:
         self._waiting: list[Lock] = []
 
     def is_set(self) -> bool:
-        """Whether it is set."""
+        """Whether the event is set."""
         return self._is_set
 
     def set(self) -> None:
-        """Set it, and wake all who wait."""
+        """Set the event, and wake all waiters."""
         with self._lock:
             self._is_set = True
             while self._waiting:
                 self._waiting.pop().release()
 
     def clear(self) -> None:
-        """Unset it."""
+        """Reset the event."""
         with self._lock:
             self._is_set = False
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it is set. False if it is not set after `timeout` seconds."""
+        """Wait until the event is set. Returns False if it is not set after `timeout` seconds."""
         if self._is_set:
             return True
-        turn = Lock()
-        turn.acquire()
+        wake_up = Lock()
+        wake_up.acquire()
         with self._lock:
-            self._waiting.append(turn)
+            self._waiting.append(wake_up)
             if self.is_set():
-                turn.release()
+                wake_up.release()
         try:
-            return _acquire(turn, timeout) or self.is_set()
+            return _acquire(wake_up, timeout) or self.is_set()
         finally:
             with self._lock, contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
+                self._waiting.remove(wake_up)
 
 
 class Condition:
@@ -157,22 +156,22 @@ class Condition:
         return result
 
     def notify_all(self) -> None:
-        """Wake all who wait. With the lock held."""
+        """Wake all waiters. The caller must hold the lock."""
         while self._waiting:
             self._waiting.pop().release()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until notified. False if it is not after `timeout` seconds. With the lock held."""
-        turn = Lock()
-        turn.acquire()
-        self._waiting.append(turn)
+        """Wait until notified. Returns False after `timeout` seconds. The caller must hold the lock."""
+        wake_up = Lock()
+        wake_up.acquire()
+        self._waiting.append(wake_up)
         state = self._lock._release_save()
         try:
-            return _acquire(turn, timeout)
+            return _acquire(wake_up, timeout)
         finally:
             self._lock._acquire_restore(state)
             with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
+                self._waiting.remove(wake_up)
 
 
 class Thread:
@@ -182,13 +181,13 @@ class Thread:
         self.name = name
         self._call = (target, args)
         self._ended = Event()
-        self._thread: threading.Thread | None = None  # what `threading` knows of it, while it is not patched
+        self._thread: threading.Thread | None = None  # None if `threading` is patched
         self._is_started = False
 
     def start(self) -> None:
-        """Start it. Raises `RuntimeError` if the system has no thread to give."""
+        """Start the thread. Raises `RuntimeError` if the system cannot start another one."""
         if originals.are_threads_replaced():
-            originals.thread.start_new_thread(self._run_unknown, ())
+            originals.thread.start_new_thread(self._run_unregistered, ())
         else:
             thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             thread.start()
@@ -196,18 +195,18 @@ class Thread:
         self._is_started = True
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until it has ended, for at most `timeout` seconds. Raises `RuntimeError` if it was not started."""
+        """Wait at most `timeout` seconds until the thread has ended. Raises `RuntimeError` if it was not started."""
         if not self._is_started:
             raise RuntimeError("cannot join thread before it is started")
         if self._ended.wait(timeout) and self._thread is not None and not originals.are_threads_replaced():
-            self._thread.join(timeout)  # what is left of it ends at once
+            self._thread.join(timeout)  # it has nothing left to do but to end
 
     def is_alive(self) -> bool:
-        """Whether it runs."""
+        """Whether the thread runs."""
         return self._is_started and not self._ended.is_set()
 
     def is_current(self) -> bool:
-        """Whether the caller runs on it."""
+        """Whether the caller runs on this thread."""
         return self._id == _thread_id()
 
     _id = 0
@@ -222,14 +221,14 @@ class Thread:
             _own_threads.discard(self._id)
             self._ended.set()
 
-    def _run_unknown(self) -> None:
-        """Run without the help of `threading`, which would take the thread for a greenlet."""
+    def _run_unregistered(self) -> None:
+        """Run in a thread that `threading` did not start, because it would start a greenlet."""
         key = threading.get_ident()
         with contextlib.suppress(Exception):  # only for its name in log records
-            known: Any = threading.Thread(name=self.name, daemon=True)
-            known._ident = key
-            known._started.set()
-            threading._active[key] = known  # type: ignore[attr-defined]
+            registered: Any = threading.Thread(name=self.name, daemon=True)
+            registered._ident = key
+            registered._started.set()
+            threading._active[key] = registered  # type: ignore[attr-defined]
         try:
             self._run()
         finally:
