@@ -102,7 +102,7 @@ def test_the_commands_in_the_history_of_a_batch_work(folder: Path) -> None:
     batch = next((folder / "box").glob("dead-*")).name.removeprefix("dead-").removesuffix(".ndjson")
     (history,) = inspect_json(folder, batch)["batches"]
     commands = [text for entry in history["entries"] if (text := entry["text"].partition("to show them: pillarbox ")[2])]
-    assert [command.split()[:2] for command in commands] == [["dead", "show"], ["quarantine", "show"]]
+    assert [command.split()[:2] for command in commands] == [["quarantine", "show"], ["dead", "show"]]
     for command in commands:
         completed = run(*command.split(), "-d", "box", cwd=folder)
         assert completed.returncode == 0, completed.stderr

@@ -97,3 +97,16 @@ def test_a_compressed_file_that_is_larger_than_any_of_ours_is_damaged_in_parts(
     assert damaged_bytes(parts) == data
     assert payloads(parts) == []
     assert [part.is_last for part in parts] == [False, False, True]
+
+
+def test_a_record_that_is_longer_than_a_window_is_a_window_of_its_own(tmp_path: Path) -> None:
+    """An older writer may have stored it. A line that is longer than any record is damaged."""
+    longest = windows.LINE_WINDOWS * WINDOW_BYTES
+    empty = len(record.line(b'""'))
+    for length, is_good in ((WINDOW_BYTES + 1, True), (longest, True), (longest + 1, False), (3 * longest, False)):
+        line = record.line(b'"' + b"x" * (length - empty) + b'"')
+        assert len(line) == length
+        parts = read(tmp_path, GOOD[0] + line + GOOD[1])
+        assert len(payloads(parts)) == 2 + is_good
+        assert damaged_bytes(parts).rstrip(b"\n") == (b"" if is_good else line.rstrip(b"\n"))
+        assert max(len(part.data) for part in parts) <= (length if is_good else WINDOW_BYTES)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.surroundings.server import check_delivery, free_port
 
-pytest.importorskip("eventlet")
+pytestmark = pytest.mark.skipif(
+    find_spec("eventlet") is None, reason="eventlet is not installed"
+)  # an import warns of each fork
 
 PATCH = "import eventlet; eventlet.monkey_patch()"
 SERVE = "import eventlet.wsgi; eventlet.wsgi.server(eventlet.listen(('127.0.0.1', int(sys.argv[1]))), application, log_output=False)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from tests.surroundings.server import check_delivery, free_port
 
-pytest.importorskip("gevent")
+pytestmark = pytest.mark.skipif(find_spec("gevent") is None, reason="gevent is not installed")
 
 PATCH = "from gevent import monkey; monkey.patch_all()"
 SERVE = (

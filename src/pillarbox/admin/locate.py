@@ -143,7 +143,8 @@ class Locator:
             for directory in self._directories
             for entry in _entries_of(directory, batch)
         ]
-        from_files = [self._file_entry(file) for file in self._files if batch and file.batch == batch]
+        files = [file for file in self._files if batch and file.batch == batch]
+        from_files = [self._file_entry(file) for file in sorted(files, key=lambda file: (file.directory.path, file.name))]
         return BatchHistory(batch, sorted(from_ledgers, key=lambda entry: entry.at_micros or 0) + from_files)
 
     def _file_entry(self, file: FileRef) -> HistoryEntry:

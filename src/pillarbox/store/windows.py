@@ -21,11 +21,14 @@ if TYPE_CHECKING:
 # A batch of the usual size is one window. Decoded events may take ten times the memory of their lines, and two windows may be
 # in memory: the one that is being sent and the next.
 WINDOW_BYTES: Final = 2 * 2**20
-TOO_LONG: Final = "too_long"  # the reason for a line longer than a window; the longest record has an eighth of that
+# The longest record that an outbox accepts has an eighth of a window. Older writers accepted longer ones: a line of up to so
+# many windows is a window of its own.
+LINE_WINDOWS: Final = 4
+TOO_LONG: Final = "too_long"  # the reason for a longer line
 
 
 class Window(NamedTuple):
-    """A part of a file: whole lines, or a part of a line that is longer than a window."""
+    """A part of a file: whole lines, or a part of a line that is longer than any record."""
 
     contents: FileContents  # offsets of damaged ranges are those in the file
     data: bytes  # the lines
@@ -88,6 +91,8 @@ def _line_windows(
     offset, is_rest_of_line = 0, False
     while True:
         data = read_at(offset, min(window_bytes, size - offset)) if offset < size else b""
+        if len(data) < size - offset and not is_rest_of_line and b"\n" not in data and b"\0" not in data:
+            data = _long_line(read_at, offset, min(LINE_WINDOWS * window_bytes, size - offset)) or data
         is_last = not data or offset + len(data) >= size
         end = len(data) if is_last else data.rfind(b"\n") + 1
         if end:
@@ -102,6 +107,12 @@ def _line_windows(
         if is_last:
             return
         offset += end
+
+
+def _long_line(read_at: Callable[[int, int], bytes], offset: int, count: int) -> bytes:
+    """The line at `offset`, with its line feed; empty if it has more than `count` bytes."""
+    data = read_at(offset, count)
+    return data[: data.find(b"\n") + 1]
 
 
 def _with_file_offsets(contents: FileContents, offset: int) -> FileContents:
