@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pillarbox.delivery.runner import Runner
     from pillarbox.store.directory import Directory
 
-_POLL_S: Final = 0.05  # between two listings while another process delivers
+_POLL_S: Final = 0.05  # between two listings of the directory while another process delivers
 _GROUP_WAIT_S: Final = 0.25  # the same while this process delivers, which settles groups of batches at least this often
 _LISTING_TIME_SHARE: Final = 10  # a tenth of the time goes into listing the directory
 

@@ -39,7 +39,7 @@ _CAUGHT_EXCEPTIONS: Final[dict[str, tuple[type[BaseException], ...]]] = {
 
 
 class _HookCall:
-    """A call of a hook that is under way, or has ended."""
+    """A call of a hook that is running or has ended."""
 
     __slots__ = ("of",)
 
@@ -47,7 +47,7 @@ class _HookCall:
         self.of: Hooks | None = of  # None once it has ended: a task that the hook has started has a copy of the context
 
 
-# Those of this thread or greenlet.
+# Calls of hooks in this thread or greenlet.
 _calls: ContextVar[tuple[_HookCall, ...]] = ContextVar("pillarbox_hook_calls", default=())
 
 

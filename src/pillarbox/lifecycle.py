@@ -22,10 +22,10 @@ class ManagedOutbox(Protocol):
     """The part of an `Outbox` that this module uses."""
 
     def _begin_close(self) -> bool:
-        """Stop accepting events, and start to seal. False if there is nothing to close."""
+        """Stop accepting events, and start to seal. Returns False if there is nothing to close."""
 
     def _finish_close(self, timeout: float) -> None:
-        """Seal, and deliver what needs no waiting."""
+        """Seal the segments, and deliver what needs no waiting."""
 
     def _reset_after_fork(self) -> None:
         """In a forked child: drop what belongs to the parent."""
@@ -40,13 +40,13 @@ class ManagedBackground(Protocol):
     name: str
 
     def is_of_this_process(self) -> bool:
-        """Whether they are threads of this process."""
+        """Whether the threads run in this process."""
 
     def request_end(self) -> None:
-        """Start to end them."""
+        """Request that the threads end."""
 
     def end(self, timeout: float) -> None:
-        """End them."""
+        """End the threads within `timeout` seconds."""
 
 
 class OutboxMeta(ABCMeta):
@@ -91,7 +91,7 @@ def keep_from_parent(*objects: object) -> None:
 
 
 _outboxes: WeakSet[ManagedOutbox] = WeakSet()
-_ending: list[threads.Thread] = []  # close outboxes that were dropped
+_ending: list[threads.Thread] = []  # threads that close dropped outboxes
 _kept_from_parent: list[Any] = []
 
 

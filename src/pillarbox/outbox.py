@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pillarbox")
 
 CALL_BYTES_MAX: Final = 16 * 2**20  # bytes of one call of `enqueue_many`: they are written at once, and read back in one batch
-_START_POLL_S: Final = 0.001  # between two looks whether another greenlet has started the outbox
+_START_POLL_S: Final = 0.001  # between two checks whether another greenlet has started the outbox
 
 
 class Outbox(metaclass=OutboxMeta):
@@ -499,7 +499,7 @@ class Outbox(metaclass=OutboxMeta):
         return wait_until_delivered(self._directory, self._link.runner, clock, deadline)
 
     async def aflush(self, timeout: float = 5.0) -> bool:  # noqa: ASYNC109 - as `flush`
-        """`flush` for coroutines: the event loop runs on meanwhile."""
+        """`flush` for coroutines: the event loop runs meanwhile."""
         return await run_on_thread(partial(self.flush, timeout))
 
     def stats(self) -> Stats:
@@ -529,12 +529,12 @@ class Outbox(metaclass=OutboxMeta):
             self._finish_close(timeout)
 
     async def aclose(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as `close`
-        """`close` for coroutines: the event loop runs on meanwhile. Cancelling does not stop it."""
+        """`close` for coroutines: the event loop runs meanwhile. Cancelling does not stop it."""
         if self._begin_close():
             await run_on_thread(partial(self._finish_close, timeout))
 
     def _begin_close(self) -> bool:
-        """Stop accepting events, and start to seal. False if there is nothing to close."""
+        """Stop accepting events, and start to seal. Returns False if there is nothing to close."""
         check_fork()
         with self._start_lock:
             if self._closed:

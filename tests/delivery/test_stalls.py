@@ -1,4 +1,4 @@
-"""A process that stood still, and a file that another program has locked: neither says that the destination is overloaded."""
+"""A process that was suspended, and a file that another program has locked: neither means that the destination is overloaded."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path
     with Outbox(str(tmp_path / "outbox"), when_full="drop_oldest", max_bytes=100 * LINE_BYTES, flush_interval=0.05) as outbox:
         accepted = [f"e-{number:06d}" for number in range(2000)]
         for number in range(2000):
-            wait_until(lambda number=number: bool(outbox.enqueue(event(number))))  # the sealer needs time to evict
+            # The sealer needs time to evict.
+            wait_until(lambda number=number: bool(outbox.enqueue(event(number))))  # type: ignore[misc]  # mypy: a default of a lambda
         wait_until(lambda: outbox.stats().pending_bytes <= 100 * LINE_BYTES)
     stats = outbox.stats()
     remaining = ids_on_disk(tmp_path / "outbox")

@@ -1,4 +1,4 @@
-"""How many events are pending, how fast that number changes, and which events were dropped: from the ledgers and the files.
+"""Counts pending events, their rates and dropped events, from the ledgers and the files.
 
 Takes no lock. A batch whose count the ledger does not have is counted in its file, up to a number of bytes; beyond it, and for
 compressed files, the number is estimated from the size.
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
-RATE_WINDOW_S: Final = 300.0  # in an outage segments are sealed once a minute
-_LEDGER_BYTES_MAX: Final = 32 * 2**20  # of a ledger that are read; it is compacted at 4 MiB
+RATE_WINDOW_S: Final = 300.0  # long enough to contain seals: in an outage a segment is sealed once a minute
+_LEDGER_BYTES_MAX: Final = 32 * 2**20  # read of a ledger, which is compacted at 4 MiB
 _COUNTED_BYTES_MAX: Final = 64 * 2**20  # of files whose events are counted
-_EVENT_BYTES: Final = 300  # of a record, where no file was counted
+_EVENT_BYTES: Final = 300  # of a record, if no file was counted
 _ACTIVE_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
 
 
 class DropTotal(msgspec.Struct, frozen=True):
     """Events that were not stored for one reason, in all processes."""
 
-    events: int  # how many
-    last_at_micros: int  # when the last of them were; microseconds since 1970
+    events: int  # number of events
+    last_at_micros: int  # when the last one was dropped, in microseconds since 1970
 
 
 class LedgerFacts:
-    """What a ledger says of counts, drops and rates."""
+    """Counts, drops and rates that a ledger records."""
 
     def __init__(self, directory: Directory, now_micros: int) -> None:
         self.events_by_batch: dict[str, int] = {}
@@ -102,8 +102,8 @@ class EventCounter:
 
     def __init__(self, facts: Iterable[LedgerFacts]) -> None:
         self._known: dict[str, int] = {}
-        for one in facts:
-            self._known |= one.events_by_batch
+        for ledger in facts:
+            self._known |= ledger.events_by_batch
         self._bytes_left = _COUNTED_BYTES_MAX
         self._counted_events = self._counted_bytes = 0
         self._counts: dict[str, tuple[int, int]] = {}  # by batch id: events, bytes that were not counted

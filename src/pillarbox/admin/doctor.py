@@ -87,7 +87,7 @@ class DoctorFinding(NamedTuple):
     ok: bool  # the check passed
     check: str  # the name of the check
     text: str  # what was found; if not `ok`, or with a warning, also what to do about it
-    warning: bool = False  # the check passed, but there is something that somebody should know of
+    warning: bool = False  # the check passed, but `text` describes a risk
 
 
 def passed(check: str, text: str) -> DoctorFinding:
@@ -101,7 +101,7 @@ def failed(check: str, text: str) -> DoctorFinding:
 
 
 def warning(check: str, text: str) -> DoctorFinding:
-    """A finding that does not break what is configured, but that somebody should know of; `text` says what to do."""
+    """A finding that violates no setting but is a risk; `text` says what to do."""
     return DoctorFinding(ok=True, check=check, text=text, warning=True)
 
 
@@ -173,7 +173,7 @@ def _check_directory(directory: Directory, limits: DoctorLimits) -> list[DoctorF
 
 
 def _check_medium(filesystem_type: str) -> DoctorFinding:
-    """Whether what is stored outlives a restart of the machine or container."""
+    """Whether stored events survive a restart of the machine or container."""
     if filesystem_type in VOLATILE_FILESYSTEMS:
         text = f"{filesystem_type} is in memory: a restart of the machine or container deletes all pending events"
         return warning("filesystem", f"{text}: {_USE_LOCAL_DISK}")
@@ -515,7 +515,7 @@ def _check_worker(
 
 
 def check_drops(status: OutboxStatus, now_micros: int) -> DoctorFinding:
-    """Events that `enqueue` did not store, in any process, as far as the ledger knows."""
+    """Events that any process dropped, according to the ledger."""
     if not status.dropped:
         return passed("drops", "the ledger has no dropped events")
     text = f"{describe_dropped(status.dropped, now_micros)}, were not stored"

@@ -155,9 +155,9 @@ def advice_for(status: OutboxStatus, clock: Clock) -> list[str]:
             if status.pending_files:
                 advice.append(f"{label}no process delivers: run pillarbox deliver, or an application with a sink")
         elif heartbeat.state.name == "waiting":
-            advice.append(f"{label}events wait and are kept: check the destination with pillarbox check, and pillarbox doctor")
+            advice.append(f"{label}events stay pending: check the destination with pillarbox check, then run pillarbox doctor")
         elif heartbeat.state.name in ("stopped", "degraded"):
-            advice.append(f"{label}fix what the state names; delivery goes on by itself then")
+            advice.append(f"{label}correct the problem that the state names; delivery then continues by itself")
     if status.max_bytes and status.pending_bytes >= _NEARLY_FULL * status.max_bytes:
         advice.append("nearly full, and then when_full applies: have the backlog delivered, or raise max_bytes")
     recent = [reason for reason, dropped in status.dropped.items() if is_recent_loss(reason, dropped, clock.micros())]
@@ -169,7 +169,7 @@ def advice_for(status: OutboxStatus, clock: Clock) -> list[str]:
 
 
 def is_recent_loss(reason: str, dropped: DropTotal, now_micros: int) -> bool:
-    """Whether events were lost in the last day. Those that `before_send` filtered are not lost."""
+    """Whether events were dropped in the last day, except those that `before_send` filtered."""
     return reason != "filtered" and now_micros - dropped.last_at_micros < RECENT_LOSS_S * 1e6
 
 

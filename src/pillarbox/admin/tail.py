@@ -218,7 +218,7 @@ class Tailer:
                     self.batches_read.add(batch)
             yield from unsealed
             return
-        chunks = [deque(unsealed, maxlen=count)]  # no more are kept in memory: a file may be of any size
+        chunks = [deque(unsealed, maxlen=count)]  # holds no more in memory, because a file may be of any size
         left = count - len(chunks[0])
         for batch_files in reversed(by_batch.values()):
             if left <= 0:

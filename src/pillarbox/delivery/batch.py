@@ -45,8 +45,8 @@ class BatchFile:
         self.plain_bytes = len(data)
         self.stored_bytes = stored_bytes  # on disk, where it may be compressed
         self.started_s = started_s  # monotonic
-        self.window: Window | None = None  # the one that was read last, of a file that is larger than a window
-        self.next_windows: Iterator[Window] = iter(())  # what follows it
+        self.window: Window | None = None  # the window that was read last, if the file is larger than one
+        self.next_windows: Iterator[Window] = iter(())  # the windows after it
 
 
 class SendRequest:
@@ -71,7 +71,7 @@ class SendRequest:
         self.records = len(payloads)
         self.history = history._replace(first_at_micros=history.first_at_micros or now_micros)
         self.accepted_since_rejection = accepted_since_rejection  # another batch, since this one was wholly rejected
-        self.accepted_before = 0  # of the earlier windows of the file
+        self.accepted_before = 0  # records accepted in earlier windows of the file
 
     @property
     def is_windowed(self) -> bool:
@@ -80,12 +80,12 @@ class SendRequest:
 
     @property
     def has_next_window(self) -> bool:
-        """Whether the file has a window behind this one."""
+        """Whether the file has another window after this one."""
         window = self.files[0].window
         return window is not None and not window.is_last
 
     def advance(self, result: SendResult) -> None:
-        """Go on to the next window of the file, after the result of this one. Raises `OSError`."""
+        """Advance to the next window of the file, after the result of this one. Raises `OSError`."""
         (file,) = self.files
         first, yield_gil = self.batch.first_index + self.records, self.batch.yield_gil
         file.payloads, file.data, file.window, self.batch.payloads = (), b"", None, ()  # before the next one is read
@@ -95,7 +95,7 @@ class SendRequest:
         self.batch = Batch(batch_id, payloads, first, yield_gil)
         self.records = len(payloads)
         self.accepted_before += result.accepted
-        # A new count of attempts. How long it has failed goes on, so that an age limit is waited for once.
+        # Attempts are counted anew. The time since the first failure is kept, so that an age limit applies to the whole file.
         failing_since = None if result.accepted else result.failing_since
         self.history = AttemptHistory(0, self.history.first_at_micros, failing_since)
 
@@ -191,7 +191,7 @@ class DeliveredFile(NamedTuple):
     accepted: int
     duplicates: int
     dead_letters: dict[int, DeadLetter]  # by index among the well-formed records
-    rejects: FileRejects | None = None  # of a file that went out in windows: its dead letters and damaged bytes
+    rejects: FileRejects | None = None  # dead letters and damaged bytes of a file that was sent in windows
 
     @property
     def dead_count(self) -> int:

@@ -99,7 +99,7 @@ class FanOut:
         return self._ledgers.setdefault(queue.sink, LedgerWriter(queue, self.clock))
 
     def finish_ledgers(self) -> int:
-        """At the end: write what waits for the ledgers of the queues. Returns the number of entries that cannot be written."""
+        """Write the waiting ledger entries of the queues at the end. Returns the number of entries that cannot be written."""
         return sum(ledger.finish() for ledger in self._ledgers.values())
 
     def distribute_all(self) -> int:
@@ -146,7 +146,7 @@ class FanOut:
         now = self.clock.micros()
         ledger = self.ledger_for(self.directory.queue(sink))
         ledger.add(*(AdoptedEntry(now, layout.batch_id(name), FAN_OUT_WRITER) for name in names))
-        ledger.write(sync=True)  # the queue's worker shares this writer, and writes them before it deletes a file
+        ledger.write(sync=True)  # the queue's worker shares this writer, and writes the entries before it deletes a file
 
     def _distribute_to(self, queues: Sequence[Directory]) -> Iterator[int]:
         names = self.directory.batch_names()

@@ -24,7 +24,7 @@ _COMPACT_MIN_PAUSE_S: Final = 0.1  # a shorter pause is not used to compress
 
 
 class StallMeter:
-    """How long this process itself stood still: it was suspended, or its event loop was held up.
+    """Measures how long this process stalled: it was suspended, or its event loop was blocked.
 
     Whoever waits calls `tick` at least once in `HEARTBEAT_INTERVAL_S`. A longer pause is a stall, apart from a little lateness.
     """
@@ -35,7 +35,7 @@ class StallMeter:
         self._total_s = 0.0
 
     def tick(self) -> float:
-        """Note that the loop runs. Returns the seconds of all stalls so far."""
+        """Record that the loop runs. Returns the total seconds of stalls."""
         now = self._clock.monotonic()
         paused_s, self._ticked_at = now - self._ticked_at, now
         if paused_s > HEARTBEAT_INTERVAL_S + _LATENESS_MAX_S:

@@ -62,7 +62,7 @@ class Lease:
         self._durability = durability
         self._fd = -1
         self._next_heartbeat = 0.0
-        self.failing_since_micros: int | None = None  # when `acquire` succeeded, since when it had failed in another process
+        self.failing_since_micros: int | None = None  # since when the previous process could not deliver
 
     @property
     def is_held(self) -> bool:

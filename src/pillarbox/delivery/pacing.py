@@ -2,7 +2,7 @@
 
 Without failures, only the operator's ceiling limits the rate. A call that fails sets a bound: a share of the rate that the
 destination usually takes, and a small share after an outage. Each response in time raises the bound by a fixed step, and each
-slow response or failure halves it, until no batch is pending any more. This is additive increase, multiplicative decrease:
+slow response or failure halves it, until no batch is pending anymore. This is additive increase, multiplicative decrease:
 with it, many clients share one server evenly without knowing of one another.
 
 Sources: D.-M. Chiu and R. Jain, "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance in Computer
@@ -175,16 +175,16 @@ class Pacer:
         self._paced_bucket.refund(records)
 
     def note_stall(self, seconds: float, records: int) -> None:
-        """Take back a call during which this process itself stood still for so long: it was suspended, or its loop held up.
+        """Take back a call during which this process stalled: it was suspended, or its event loop was blocked.
 
-        Whatever came of the call, the destination may have answered at once. The time does not count as an outage either.
+        Whatever its result was, the destination may have answered at once. The stall does not count as an outage either.
         """
         self._paced_bucket.refund(records)
         if self._failing_since is not None:
             self._failing_since += seconds
 
     def note_drained(self) -> None:
-        """Remove the bound, because no batch is pending any more."""
+        """Remove the bound, because no batch is pending anymore."""
         self._bound = None
         self._is_recovering = False
 

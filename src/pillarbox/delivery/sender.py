@@ -46,7 +46,7 @@ class Sender:
         self._status = context.status
         self._poison_tracker = poison_tracker
         self._housekeeping = housekeeping
-        self._stalled_s = 0.0  # seconds of all stalls that the pacer knows of
+        self._stalled_s = 0.0  # total seconds of stalls that the pacer was told of
         self._not_before = 0.0  # monotonic; no call may begin earlier: the destination asked for it, or is set up wrongly
         self._pacer = Pacer(context.config.pacing, context.config.max_in_flight if self._sink.capabilities.concurrent else 1)
         self._call_order = asyncio.Lock()  # calls begin in the order of their requests
@@ -125,7 +125,7 @@ class Sender:
         self._report_pace()
 
     def note_drained(self) -> None:
-        """Remove the rate limit, because no batch is pending any more."""
+        """Remove the rate limit, because no batch is pending anymore."""
         self._pacer.note_drained()
         self._report_pace()
 
@@ -139,7 +139,7 @@ class Sender:
             result.failing_since = self._clock.monotonic()
 
     def _record_pace(self, began: float, answer: DeliveryResult, records: int, stalled_s: float) -> None:
-        """Learn from a call how fast the destination is. A call during which this process stood still tells nothing of that."""
+        """Learn from a call how fast the destination is. A call during which this process stalled says nothing about that."""
         if stalled_s:
             self._pacer.note_stall(stalled_s, records)
         elif isinstance(answer, (Retry, Misconfigured)):
@@ -152,7 +152,7 @@ class Sender:
         self._report_pace()
 
     def _new_stalls_s(self) -> float:
-        """How long this process stood still since this was last asked."""
+        """How long this process stalled since the last call of this method."""
         before, self._stalled_s = self._stalled_s, self._housekeeping.stalls.tick()
         return max(0.0, self._stalled_s - before)
 

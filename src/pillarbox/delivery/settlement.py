@@ -223,7 +223,7 @@ class Settler:
             self._status.clear_warning(layout.LEDGER)
 
     def abandon_group(self) -> None:
-        """At the end: release the files of a group that still waits for the ledger. They stay on disk, and are sent again."""
+        """Release the files of a group that still waits for the ledger at the end. They stay on disk, and are sent again."""
         group, self._group, self.waits_for_ledger = self._group, [], False
         for settling in group:
             settling.delivered.close(self._directory.filesystem)
@@ -329,7 +329,7 @@ class Settler:
     # Dead letters and quarantine.
 
     def _write_rejects_with_room(self, delivered: DeliveredFile) -> set[PurgedKind]:
-        """As `_write_rejects`. On a full volume something of less worth is given up for them, and they are written again."""
+        """As `_write_rejects`. On a full volume, remove spares or retained batches for them, and write them again."""
         try:
             return self._write_rejects(delivered)
         except OSError as error:
@@ -370,7 +370,7 @@ class Settler:
         self._in_progress[required.batch] = rejects.required
 
     def _publish_rejects(self, rejects: FileRejects) -> set[PurgedKind]:
-        """Give the files that `write_window` wrote their names; which kinds were discarded for want of space."""
+        """Rename the files that `write_window` wrote to their names. Returns the kinds discarded for lack of space."""
         if not rejects.dead_letters and not rejects.damaged_ranges:
             return set()
         rejects.publish()
@@ -382,7 +382,7 @@ class Settler:
         return set(rejects.discarded)
 
     def abandon_rejects(self, rejects: FileRejects) -> None:
-        """Remove what `write_window` wrote: the file is sent again from its beginning."""
+        """Remove the files that `write_window` wrote: the batch is sent again from its beginning."""
         self._in_progress.pop(rejects.required.batch, None)
         rejects.abandon()
 

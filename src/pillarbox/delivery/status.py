@@ -36,8 +36,8 @@ class StatusReporter:
     ) -> None:
         self._pending = pending  # bytes and files that are pending
         self._failing_since_s = 0.0  # monotonic
-        self._logged_level = logging.WARNING  # of the last problem
-        self._outage = ""  # how long the last one lasted, and how much it delayed; empty once it is logged
+        self._logged_level = logging.WARNING  # level of the last problem
+        self._outage = ""  # duration of the last outage, and how much it delayed; empty once it is logged
         self._sink_name = sink_name
         self._clock = clock
         self._counters = counters
@@ -80,11 +80,11 @@ class StatusReporter:
         )
 
     def _note_failing(self, before: StateName, name: StateName) -> None:
-        """Note since when nothing can be delivered, and when that is over how long it lasted and how much it delayed."""
+        """Record since when nothing can be delivered; at the end of an outage, its duration and how much it delayed."""
         if name in _FAILING_STATES:
             if before not in _FAILING_STATES:
                 self._failing_since_s = self._clock.monotonic()
-                # A process that takes over from one for which the destination failed goes on counting.
+                # If the previous process could not deliver either, the outage began in that process.
                 inherited = self._lease.failing_since_micros if self._counters.delivered == 0 else None
                 self._lease.failing_since_micros = self._clock.micros() if inherited is None else inherited
         elif before in _FAILING_STATES and self._lease.failing_since_micros is not None:

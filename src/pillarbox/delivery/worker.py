@@ -380,7 +380,7 @@ class Worker:
         return False
 
     async def _wait_for_ledger(self) -> bool:
-        """Wait while another process holds the ledger's lock: what is delivered must be counted before it is deleted."""
+        """Wait while another process holds the ledger's lock: delivered batches must be counted before they are deleted."""
         has_waited = self._settler.waits_for_ledger
         while self._settler.waits_for_ledger:
             self._status.transition("waiting", LOCKED_PROBLEM, _LEDGER_RETRY_S)

@@ -132,7 +132,7 @@ def _usage_by_kind(usage: DiskUsage) -> list[tuple[str, int, int]]:
 
 
 def _dropped_by_reason(directory: DirectoryMetrics) -> Iterator[Measurement]:
-    """Each reason from the beginning, also without a drop: a rate needs a first value."""
+    """All reasons, also those without a drop: a rate needs a first value."""
     for reason in dict.fromkeys((*DROP_REASONS, *directory.dropped)):
         yield directory.dropped[reason].events if reason in directory.dropped else 0, {"reason": reason}
 

@@ -79,7 +79,7 @@ class Directory:
         self._last_sealed_at = 0
         self._names_unsynced = False  # the sync after renaming has failed
         self._has_queues = False  # queues exist or were requested; once True it is not checked again
-        # deletes something that is worth less than what must be stored on a full volume; returns whether it did
+        # removes spares or a retained batch on a full volume; returns whether anything was removed
         self.give_up_room: Callable[[], bool] = lambda: False
         self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, with the problem
         self.reset_after_fork()
@@ -124,7 +124,7 @@ class Directory:
             )
 
     def create_control_files(self) -> None:
-        """Create the lock files and the ledger where they are missing, also in the queues.
+        """Create the missing lock files and ledgers, also in the queues.
 
         Without them nobody could deliver, evict or purge once the volume has no byte and no inode left.
         """
@@ -519,7 +519,7 @@ class Directory:
         return self.publish_temporary(file, name)
 
     def create_temporary(self, name: str) -> LockedFile:
-        """Create a temporary file, locked, that is to get this name."""
+        """Create and lock a temporary file that will be renamed to `name`."""
         # Each attempt uses a new name: recovery may be about to remove the temporary file of an earlier attempt.
         return self.create_with_new_name(lambda: layout.temporary_name(name, self.new_id()))
 
@@ -540,7 +540,7 @@ class Directory:
         self.filesystem.close(file.fd)
 
     def make_room(self, error: OSError) -> bool:
-        """Whether something was deleted after this error of a full volume, so that it makes sense to try again."""
+        """After an error that says that the volume is full: delete something less important. Returns whether to try again."""
         if not is_full(error):
             return False
         with contextlib.suppress(OSError):

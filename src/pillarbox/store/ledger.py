@@ -37,16 +37,16 @@ COMPACT_BYTES: Final = 4 * 2**20  # bytes beyond which finished batches are summ
 _BUFFER_ENTRIES_MAX: Final = 10_000  # entries in memory; entries beyond it are lost, and counted
 _LOCK_TRIES: Final = 1000  # the lock is held for microseconds, except during compaction
 _LOCK_PAUSE_S: Final = 0.001
-_LOCKED_OUT_S: Final = 1.0  # a lock that is held so long is reported
+_LOCKED_OUT_S: Final = 1.0  # a lock that another process holds for so long is reported
 LOCKED_PROBLEM: Final = "another process holds ledger.lock; what must be counted first waits for it"
 
 
 class LedgerWrite(Enum):
-    """What became of a write of ledger entries. True if everything is written."""
+    """The result of a write of ledger entries. True if all are written."""
 
     WRITTEN = "written"
     LOCKED = "locked"  # another process holds `ledger.lock`: wait
-    REFUSED = "refused"  # by the disk, or the file cannot be used: waiting may not help
+    REFUSED = "refused"  # the disk failed, or the file cannot be used: waiting may not help
 
     def __bool__(self) -> bool:
         return self is LedgerWrite.WRITTEN
@@ -66,7 +66,7 @@ class LedgerWriter:
         self._compact_at_bytes = COMPACT_BYTES
         self._state_log = StateLog(clock)
         self._lock_missed_at_s: float | None = None  # monotonic seconds; since then another process has held the lock
-        self._waited_in_vain = False  # for the lock; not again until it is released
+        self._lock_timed_out = False  # no further wait for the lock until it is released
         self._problem_since_s = 0.0
         self.problem = ""  # why entries wait in memory, once that was logged
 
@@ -83,7 +83,7 @@ class LedgerWriter:
             self._lost += len(entries[room:])
 
     def withdraw(self, entries: Iterable[LedgerEntry]) -> None:
-        """Take entries back that were not written: what they say will not be done now."""
+        """Remove entries that were not written, because their operations will not be done now."""
         withdrawn = set(map(id, entries))
         with self._write_lock, self._buffer_lock:
             self._buffer = deque(entry for entry in self._buffer if id(entry) not in withdrawn)
@@ -110,8 +110,8 @@ class LedgerWriter:
             raise DirectoryUnusableError(self._directory.path, "its ledger cannot be written", "free disk space and try again")
 
     def finish(self) -> int:
-        """At the end of the process: write what still waits in memory. Returns the number of entries that cannot be written."""
-        self._waited_in_vain = False  # wait for the lock once more
+        """Write the entries that still wait in memory at the end of the process. Returns the number that cannot be written."""
+        self._lock_timed_out = False  # wait for the lock once more
         if self.unwritten_entries and not self.write(sync=True):
             entries = "1 ledger entry is" if self.unwritten_entries == 1 else f"{self.unwritten_entries} ledger entries are"
             text = "%s: this process ends and %s lost, so that pillarbox verify may not balance: %s"
@@ -134,7 +134,7 @@ class LedgerWriter:
         if not is_written:
             self._note_locked()
             return LedgerWrite.LOCKED
-        self._lock_missed_at_s, self._waited_in_vain = None, False
+        self._lock_missed_at_s, self._lock_timed_out = None, False
         self._log_state_change("")
         return LedgerWrite.WRITTEN
 
@@ -143,11 +143,11 @@ class LedgerWriter:
         now_s = self._clock.monotonic()
         if self._lock_missed_at_s is None:
             self._lock_missed_at_s = now_s
-        if self._waited_in_vain or now_s - self._lock_missed_at_s >= _LOCKED_OUT_S:
+        if self._lock_timed_out or now_s - self._lock_missed_at_s >= _LOCKED_OUT_S:
             self._log_state_change(LOCKED_PROBLEM)
 
     def _append_with_room(self, *, sync: bool) -> bool:
-        """As `_append`. On a full volume something of less worth is given up for the entries."""
+        """As `_append`. On a full volume, remove spares or retained batches for the entries."""
         try:
             return self._append(sync=sync)
         except OSError as error:
@@ -160,13 +160,13 @@ class LedgerWriter:
         if self._append_fast(sync=sync):
             return True
         lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
-        for _ in range(_LOCK_TRIES if sync and not self._waited_in_vain else 0):
+        for _ in range(_LOCK_TRIES if sync and not self._lock_timed_out else 0):
             if lock is not None:
                 break
             threads.pause(_LOCK_PAUSE_S)
             lock = self._directory.acquire_lock_file(layout.LEDGER_LOCK)
         if lock is None:
-            self._waited_in_vain |= sync
+            self._lock_timed_out |= sync
             return False
         filesystem = self._directory.filesystem
         try:

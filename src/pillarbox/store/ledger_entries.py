@@ -71,7 +71,7 @@ class QueueRenamedEntry(_LedgerEntry, frozen=True, tag="renamed"):
 
 
 class ReturnedEntry(_LedgerEntry, frozen=True, tag="returned"):
-    """A batch went back from a queue that was removed to the outbox directory: what `shared` said before counts no longer."""
+    """A batch was returned from a removed queue to the outbox directory. Its earlier `shared` entry no longer counts."""
 
     batch: str
     events: int | None  # good records; None if its file is damaged
@@ -115,7 +115,7 @@ class PurgedEntry(_LedgerEntry, frozen=True, tag="purged"):
 
 
 class DroppedEntry(_LedgerEntry, frozen=True, tag="dropped"):
-    """So many more events were dropped in one process. They were never accepted, so no other count includes them."""
+    """Events that one process dropped. They were never accepted, so no other count includes them."""
 
     writer: str
     reason: str  # a `DropReason`
@@ -175,7 +175,7 @@ class SummaryEntry(_LedgerEntry, frozen=True, tag="sum"):
     resent: int = 0  # redelivered on request
     shared: dict[str, int] = {}  # events fanned out, by sink
     dropped: dict[str, int] = {}  # events dropped, by reason
-    dropped_at: dict[str, int] = {}  # when the last of them were, microseconds since 1970, by reason
+    dropped_at: dict[str, int] = {}  # when the last event was dropped, in microseconds since 1970, by reason
 
 
 BATCH_ENTRIES: Final = (SealedEntry, AdoptedEntry, SettledEntry, RedeliveredEntry, FannedOutEntry, ReturnedEntry, EvictedEntry)

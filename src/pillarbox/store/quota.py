@@ -52,7 +52,7 @@ class FreeSpace(NamedTuple):
     inodes: int
 
     def is_more_than(self, space: DiskSpace) -> bool:
-        """Whether the volume has less."""
+        """Whether the volume has less free space than this."""
         return space.free_bytes < self.bytes or space.free_inodes < self.inodes
 
 
@@ -62,7 +62,7 @@ def usual_free_bytes(space: DiskSpace) -> int:
 
 
 def least_free(space: DiskSpace, min_free_bytes: int | None) -> FreeSpace:
-    """What must stay free on a volume. With `min_free_bytes` 0 nothing must; None is the default."""
+    """The space that must stay free on a volume: none if `min_free_bytes` is 0; the default if it is None."""
     if min_free_bytes == 0:
         return FreeSpace(0, 0)
     inodes = min(MIN_FREE_INODES_MAX, space.total_inodes // MIN_FREE_SHARE)

@@ -73,7 +73,7 @@ def read_decompressed(plain: bytes, problem: str, data: bytes, yield_gil: Callab
 
 
 def compression_damage(plain: bytes, problem: str, data: bytes) -> DamagedRange:
-    """The damaged range of a compressed file: all of it, behind what could be decompressed."""
+    """The damaged range of a compressed file: the whole file, placed after the bytes that could be decompressed."""
     return DamagedRange(len(plain), len(data), f"{BAD_COMPRESSION}{problem}")
 
 

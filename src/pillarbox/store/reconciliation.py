@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from pillarbox.store.directory import Directory
 
-_ENTRIES_MAX: Final = 50_000  # of a ledger, in memory; a compacted one has a tenth of that
+_ENTRIES_MAX: Final = 50_000  # of a ledger in memory; a compacted ledger has a tenth of that
 RECENT_BATCHES_MAX: Final = 1000  # finished batches that are not summed up yet: a late or repeated entry must find them
 WRITERS_MAX: Final = 64  # writers with a row of their own in a summary; earlier ones share a row
 
@@ -196,7 +196,7 @@ class Reconciliation(msgspec.Struct, kw_only=True):
     earlier_discrepancy: int = 0  # events missing or extra in batches that the ledger has summed up
     discrepancies: list[Discrepancy]  # batches whose counts differ
     dropped: dict[str, int] = {}  # events that `enqueue` did not store, by reason; in no other count
-    dropped_at: dict[str, int] = {}  # when the last of them were, microseconds since 1970, by reason
+    dropped_at: dict[str, int] = {}  # when the last event was dropped, in microseconds since 1970, by reason
 
     @property
     def balances(self) -> bool:
@@ -216,7 +216,8 @@ class LedgerFold:
         self.fanned_out: dict[str, int] = {}
         self.dropped: dict[str, int] = {}
         self.dropped_at: dict[str, int] = {}
-        self._returned: dict[str, SealedEntry] = {}  # returned batches that were summed up before: what stands for their entry
+        # Returned batches that were summed up before, with a substitute for their entry.
+        self._returned: dict[str, SealedEntry] = {}
         self.replayed = self.repaired = self.purged_dead = self.purged_quarantine = self.lost = self.discrepancy = 0
         seen: set[LedgerEntry] = set()
         for entry in entries:
@@ -267,12 +268,12 @@ class LedgerFold:
             self._add_dropped(reason, events, entry.dropped_at.get(reason, 0))
 
     def may_be_fanned_out(self, batch: str) -> bool:
-        """Whether a batch was fanned out and not returned since, by the entries; true also where they say nothing of it."""
+        """Whether a batch was fanned out and not returned since. True also if the entries do not tell."""
         life = self.batches.get(batch)
         return life is None or life.fanned_out is not None
 
     def _take_out_of_sums(self, entry: ReturnedEntry) -> None:
-        """A batch waits again that was summed up as fanned out: count it by itself."""
+        """Count a batch individually again that was summed up as fanned out and is pending again."""
         life = self.batches[entry.batch] = _BatchEntries()
         events = entry.events or 0
         row = next((row for row in self.rows.values() if events and row.shared >= events), None)
@@ -284,7 +285,7 @@ class LedgerFold:
         life.add_entry(self._returned[entry.batch])
 
     def compacted_entry(self, entry: LedgerEntry) -> LedgerEntry:
-        """What is written in place of an entry of a batch that is not summed up."""
+        """The entry to write for a batch that is not summed up, instead of one of its entries."""
         match entry:
             case FannedOutEntry(batch=batch):
                 return self.batches[batch].fanned_out or entry  # queues may have been renamed since

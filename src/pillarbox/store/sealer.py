@@ -289,7 +289,7 @@ class Sealer:
         self._call_on_drops()
 
     def give_up_spares(self) -> bool:
-        """Remove the spares of this process, whose inodes something else needs. Returns whether there were any."""
+        """Remove the spares of this process to free their inodes. Returns whether there were any."""
         spares = self._writer.take_spares()
         for file in spares:
             self._remove_empty(file)

@@ -85,8 +85,8 @@ def cut_off_short_write(filesystem: Filesystem, fd: int, written: int) -> DropRe
 
 # a full segment gets one part in this many of `batch_size` more events before the writer checks for a spare again
 SPARE_RECHECK_SHARE: Final = 16
-# Of a segment that cannot be retired because too many wait to be sealed: the disk is slower than the callers. A batch file must
-# stay small enough to be compressed, and to be delivered soon.
+# Limit of a segment that cannot be retired because too many wait to be sealed: the disk is slower than the callers. A batch
+# must stay small enough to be compressed, and to be delivered soon.
 SEGMENT_BYTES_MAX: Final = 64 * 2**20
 _GROW_EVERY: Final = 8  # for every this many retired segments, the active one may hold `batch_size` events more
 

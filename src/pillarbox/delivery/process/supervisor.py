@@ -48,7 +48,7 @@ log = logging.getLogger("pillarbox")
 _STANDBY_POLL_S: Final = 0.25  # between two attempts to acquire the lease
 _START_TIMEOUT_S: Final = 30.0  # time for the child to start and import; meanwhile no other process can deliver
 _KILL_GRACE_S: Final = 1.0  # after the time that the child has to end; then it is killed
-_CHILD_POLL_S: Final = 1.0  # between two looks whether the child has ended, while it sends nothing
+_CHILD_POLL_S: Final = 1.0  # between two checks whether the child has ended, while it sends nothing
 _REAP_TIMEOUT_S: Final = 5.0  # time to end for a child that has closed its socket
 _STABLE_AFTER_S: Final = 10.0  # a child that lives for so long has started successfully
 _RESTART_BACKOFF: Final = Backoff()
@@ -86,7 +86,7 @@ class Supervisor:
         self._stats_before_child: dict[str, SinkStats] = {}  # the child counts from 0
         self._state_log = StateLog(clock)
         self._defect_log = StateLog(clock)
-        self._is_announced = False  # that a child delivers
+        self._is_announced = False  # it was logged that a child delivers
         self._failures = 0  # in a row
         self._hook_failures = 0
         self._thread = threads.Thread(target=self._run, name="pillarbox-supervisor")

@@ -53,8 +53,8 @@ _KEEPALIVE_S: Final = 4.0  # an idle connection is closed before the server does
 _EXCERPT_CHARS_MAX: Final = 200
 _INCONCLUSIVE: Final = frozenset({400, 404, 405, 422, 501})  # statuses of responses to OPTIONS that say nothing about POST
 
-# What httpx imports at the first request. A thread that delivers must not import: a process that is forked meanwhile, or whose
-# locks gevent replaces meanwhile, would wait for the import for ever.
+# httpx imports these modules at the first request. A delivery thread must not import: if the process forks or gevent replaces
+# its locks meanwhile, it would wait for the import lock forever.
 for _name in ("httpcore", "anyio._backends._asyncio", "sniffio"):
     with contextlib.suppress(ImportError):  # another version of httpx may need none of it
         import_module(_name)
