@@ -1,4 +1,4 @@
-"""Runs a command where the name server never answers: `run_with_silent_resolver`. Nothing outside of the command sees it.
+"""Runs a command with a name server that never answers (`run_with_silent_resolver`), without an effect on other processes.
 
 The command gets a mount namespace with an /etc/resolv.conf of its own, and a network namespace in whose loopback device this
 module holds the name server's port without ever reading from it. Asked for a name, the system's resolver waits for minutes.
@@ -31,7 +31,7 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 1
 
 @contextmanager
 def run_with_silent_resolver(*command: str, **options: object) -> Iterator[subprocess.Popen[str]]:
-    """Start a command where no name can be resolved; it has the pid of the process that is returned."""
+    """Start a command for which no name can be resolved. The pid of the returned process is that of the command."""
     if shutil.which("unshare") is None or subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs unshare, and the right to use it")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
@@ -48,7 +48,7 @@ def run_with_silent_resolver(*command: str, **options: object) -> Iterator[subpr
 
 
 def start_loopback() -> None:
-    """Switch the loopback device on, which is off in a new network namespace."""
+    """Enable the loopback device, which is down in a new network namespace."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16sh14x", b"lo", 0)
         _, flags = struct.unpack("16sh14x", fcntl.ioctl(any_socket, SIOCGIFFLAGS, request))
@@ -56,7 +56,7 @@ def start_loopback() -> None:
 
 
 def main(command: list[str]) -> None:
-    """Make name resolution silent, and become the command."""
+    """Redirect name resolution to a silent server, then execute the command."""
     for path, content in (("/etc/resolv.conf", RESOLV_CONF), ("/etc/nsswitch.conf", NSSWITCH_CONF)):
         with tempfile.NamedTemporaryFile("w") as file:
             file.write(content)

@@ -66,7 +66,7 @@ def test_outboxes_that_are_open_at_the_exit_share_its_time(tmp_path: Path) -> No
 
 
 def drop(objects: list[Any]) -> None:
-    """Let them be garbage."""
+    """Drop outboxes and collect them as garbage."""
     objects.clear()
     gc.collect()
 
@@ -83,7 +83,7 @@ def drop(objects: list[Any]) -> None:
     ids=str,
 )
 def test_an_outbox_that_is_dropped_without_close_warns_and_ends_its_threads(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """It delivers what it has, and keeps no file open."""
+    """It delivers its events, and keeps no file open."""
     threads = set(threading.enumerate())
     outboxes = [Outbox(tmp_path / "box", sink=f"sqlite:///{tmp_path}/events.db", **settings)]
     assert outboxes[0].enqueue(event(1))
@@ -109,7 +109,7 @@ def test_an_outbox_that_was_never_used_or_is_closed_warns_of_nothing(tmp_path: P
 
 
 def test_an_event_loop_runs_on_while_an_outbox_flushes_and_closes(tmp_path: Path) -> None:
-    """With a destination that hangs, each takes the time that it is given."""
+    """With a destination that hangs, each takes its timeout."""
 
     async def use(url: str) -> tuple[int, bool]:
         turns = 0
@@ -136,7 +136,7 @@ def test_an_event_loop_runs_on_while_an_outbox_flushes_and_closes(tmp_path: Path
 
 
 def test_aclose_delivers_and_seals(tmp_path: Path) -> None:
-    """As `close` does; a second call does nothing."""
+    """It does what `close` does. A second call does nothing."""
 
     async def use() -> None:
         async with Outbox(tmp_path / "box", sink=f"sqlite:///{tmp_path}/events.db") as outbox:

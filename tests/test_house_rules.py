@@ -141,7 +141,7 @@ def test_only_one_module_accesses_the_disk_and_only_one_reads_the_time(module: P
 
 @pytest.mark.parametrize("module", MODULES, ids=relative)
 def test_threads_and_what_waits_are_those_of_the_system(module: Path) -> None:
-    """Gevent and eventlet replace these modules; only the package `system` knows what was replaced."""
+    """The libraries gevent and eventlet patch these modules; only the package `system` has the unpatched ones."""
     name, tree = relative(module), ast.parse(module.read_text())
     if name.startswith("system/") or name == "cli/signals.py":  # it ends the interpreter, which waits for all threads
         return

@@ -1,4 +1,4 @@
-"""A handler that stores the log of an application in an outbox can leave out what delivery itself logs."""
+"""A handler that stores log records in an outbox can leave out those that delivery causes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def root() -> Iterator[logging.Logger]:
 def test_an_outbox_that_stores_its_own_log_does_not_feed_itself(
     deliver: Literal["thread", "process"], root: logging.Logger, tmp_path: Path
 ) -> None:
-    """Every delivery over HTTP logs dozens of records at DEBUG; here the server also fails at first."""
+    """Each delivery over HTTP logs dozens of records at DEBUG; here the server also fails at first."""
     answers = iter([CannedResponse(503), CannedResponse(503)])
     with Server(lambda _request: next(answers, CannedResponse())) as server:
         outbox = Outbox(tmp_path / "box", sink=server.url(), flush_interval=0.01, deliver=deliver)
@@ -76,7 +76,7 @@ def test_an_outbox_that_stores_its_own_log_does_not_feed_itself(
 
 
 def test_the_filter_can_be_named_in_a_configuration(root: logging.Logger, tmp_path: Path) -> None:
-    """As `logging.config` does it."""
+    """`logging.config` creates it from its name."""
     path = tmp_path / "log"
     configuration = {
         "version": 1,
@@ -98,7 +98,7 @@ def test_the_filter_can_be_named_in_a_configuration(root: logging.Logger, tmp_pa
 
 
 def test_every_thread_of_the_package_is_told_from_an_applications() -> None:
-    """By its name; each is started with one."""
+    """Each thread is started with a name that begins with `pillarbox-`."""
     package = Path(pillarbox.__file__).parent
     for module in package.rglob("*.py"):
         for part in module.read_text().split("threads.Thread(")[1:]:

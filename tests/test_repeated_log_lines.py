@@ -82,7 +82,7 @@ def test_a_lack_of_descriptors_that_comes_and_goes_is_logged_once(sinks: str, tm
 
 
 def test_texts_that_differ_in_names_and_ids_are_one_kind() -> None:
-    """But not those that differ in a status or an error number."""
+    """Texts that differ in a status or an error number are of different kinds."""
     assert kind_of("[Errno 24] Too many open files: '/box/active-1f-1000.ndjson'") == kind_of(
         "[Errno 24] Too many open files: '/box'"
     )
@@ -133,7 +133,7 @@ def test_a_problem_that_comes_back_again_and_again_must_stay_away_for_longer() -
 
 
 def test_kinds_that_alternate_are_logged_once_a_minute_each_and_never_more_than_five() -> None:
-    """A destination may send another text every time."""
+    """A destination may send a different text every time."""
     clock = ManualClock()
     log = StateLog(clock)
     assert [log_of(log, problem) for problem in ("a", "b", "a", "b")] == ["a", "b", "", ""]

@@ -1,4 +1,4 @@
-"""Whoever reads the log, or the output of a command, may stand still: that holds up neither delivery nor its end."""
+"""A reader of the log or of a command's output that stops reading delays neither delivery nor the end of the process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLACK_S = 6.0  # for a busy machine
 
 @contextlib.contextmanager
 def full_pipe() -> Iterator[tuple[int, int]]:
-    """The two ends of a pipe that takes nothing more."""
+    """The two ends of a full pipe."""
     reader, writer = os.pipe()
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
     os.set_blocking(writer, False)
@@ -44,7 +44,7 @@ def full_pipe() -> Iterator[tuple[int, int]]:
 
 
 def failing_at_first(failures: int) -> Server:
-    """A server that answers the first requests with errors, each with another text, so that each is logged."""
+    """A server that answers the first requests with errors of different texts, so that each is logged."""
     count = 0
 
     def respond(_request: Request) -> CannedResponse:
@@ -101,7 +101,7 @@ print(time.monotonic() - began, flush=True)
 def test_a_program_goes_on_and_ends_although_its_log_handler_blocks(
     deliver: str, stream: str, level: str, tmp_path: Path
 ) -> None:
-    """Delivery in a thread, and the thread that hears of the delivery process; at DEBUG, what the transport logs as well."""
+    """This holds for delivery in a thread and for the supervisor of the delivery process; at DEBUG the transport logs too."""
     with failing_at_first(3) as server, full_pipe() as (_, writer):
         command = [sys.executable, "-c", PROGRAM, str(writer), server.url(), deliver, stream, level]
         with subprocess.Popen(
@@ -123,7 +123,7 @@ def test_a_program_goes_on_and_ends_although_its_log_handler_blocks(
 
 
 def test_a_terminal_that_is_stopped_does_not_hold_up_the_end_of_a_command(tmp_path: Path) -> None:
-    """Ctrl-S in front of the display of `status --watch` and of the progress of `deliver --once`."""
+    """Ctrl-S stops the display of `status --watch` and the progress of `deliver --once`."""
     with Outbox(tmp_path / "box") as outbox:
         assert outbox.enqueue(event(1))
     for arguments in (["status", "--watch", "--interval", "0.1"], ["deliver", "--once", "--sink", "http://127.0.0.1:9/"]):
@@ -151,7 +151,7 @@ def test_a_terminal_that_is_stopped_does_not_hold_up_the_end_of_a_command(tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_whose_output_nobody_reads_can_be_interrupted(number: signal.Signals, tmp_path: Path) -> None:
-    """`tail --follow` waits for its reader, until it is told to end."""
+    """`tail --follow` waits for its reader until a signal ends it."""
     with Outbox(tmp_path / "box") as outbox:
         for index in range(200):
             assert outbox.enqueue(event(index))
@@ -167,7 +167,7 @@ def test_a_command_whose_output_nobody_reads_can_be_interrupted(number: signal.S
 
 
 def test_lost_lines_are_counted_where_they_are_missing() -> None:
-    """The reader that goes on is told how many."""
+    """A reader that continues sees how many lines were lost."""
     with full_pipe() as (reader, writer):
         with os.fdopen(writer, "w", closefd=False) as original:
             stream = QueuedStream(original)
@@ -190,7 +190,7 @@ def test_lost_lines_are_counted_where_they_are_missing() -> None:
 
 
 def test_a_reader_that_stands_still_is_waited_for_once() -> None:
-    """Lines on standard output wait a moment for earlier ones on standard error, but not each of them."""
+    """A line on standard output waits briefly for earlier lines on standard error; the next lines do not wait again."""
     with full_pipe() as (_, writer), os.fdopen(writer, "w", closefd=False) as original:
         stream = QueuedStream(original)
         stream.write("text\n")

@@ -1,4 +1,4 @@
-"""A log line is true of what it is about: it names the event's, the disk's or the sink's trouble as what it is."""
+"""A log line names the right problem: that of the event, the disk or the sink."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_no_line_says_that_an_accepted_event_was_dropped_after_a_fork_with_a_sin
 def test_an_outbox_that_cannot_start_says_what_is_wrong_with_its_directory(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A directory that became a file is not called one that cannot be listed."""
+    """If the directory became a file, the line does not say that it cannot be listed."""
     box = tmp_path / "box"
     outbox = Outbox(str(box))
     box.rmdir()
@@ -64,7 +64,7 @@ def test_an_outbox_that_cannot_start_says_what_is_wrong_with_its_directory(
 
 
 def test_the_end_of_a_problem_with_fanning_out_names_that_problem(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A queue that nobody delivers filled up, and was emptied: all batches were fanned out the whole time."""
+    """A queue without a delivery worker filled up and was emptied. All batches were fanned out the whole time."""
     caplog.set_level(logging.INFO, "pillarbox")
     box = tmp_path / "box"
     with Outbox(str(box), sinks={"a": f"sqlite:///{tmp_path}/a.db", "b": closed_port_url()}) as outbox:

@@ -38,7 +38,7 @@ from pillarbox.store.open_files import close_unknown_files
 from pillarbox.store.os_filesystem import absolute_path, local_filesystem, working_directory
 from pillarbox.store.queues import directory_at
 from pillarbox.store.quota import FILE_SHARE
-from pillarbox.store.room import give_up_room
+from pillarbox.store.room import reclaim_space
 from pillarbox.store.sealer import Sealer, SealerInbox
 from pillarbox.store.writer import Writer, WriterLimits
 from pillarbox.system import threads
@@ -199,7 +199,7 @@ class Outbox(metaclass=OutboxMeta):
             uncounted_drops=FULL_REASONS if settings.when_full == "block" else (),
         )
         self._background = BackgroundWork(self.name, self._clock, self._sealer, self._link, self._committer, self._ledger)
-        self._directory.give_up_room = partial(give_up_room, self._directory, self._sealer.give_up_spares)
+        self._directory.reclaim_space = partial(reclaim_space, self._directory, self._sealer.remove_spares)
         self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks)
         self._enqueue = self._compose_enqueue()
         self._shadow_enqueue()

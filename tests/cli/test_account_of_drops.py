@@ -1,4 +1,4 @@
-"""What another process learns of drops and of an outage: `status`, `verify`, `doctor` and metrics, beside real processes."""
+"""Tests that `status`, `verify`, `doctor` and metrics show the drops and the outages of other processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def dropped_entries(box: Path) -> list[DroppedEntry]:
 
 
 def test_drops_of_a_process_that_has_ended_are_shown_by_every_command(box: Path) -> None:
-    """How many, why and when: in `status`, `verify` and `doctor`, which is not "all ok" and says what to do."""
+    """`status`, `verify` and `doctor` show how many, why and when. `doctor` fails and says what to do."""
     with Outbox(str(box), max_bytes=2000, min_free_bytes=0) as outbox:
         dropped = sum(not outbox.enqueue(event(number)) for number in range(100))
     assert dropped > 80
@@ -58,7 +58,7 @@ def test_drops_of_a_process_that_has_ended_are_shown_by_every_command(box: Path)
 
 
 def test_drops_are_in_the_ledger_while_the_process_runs_and_bounded_in_rate(box: Path) -> None:
-    """However many events are dropped, there is one entry for each reason in ten seconds, and one at the end."""
+    """Whatever the number of dropped events, there is one entry for each reason in ten seconds, and one at the end."""
     with Outbox(str(box), max_bytes=2000, min_free_bytes=0) as outbox:
         for number in range(5000):
             outbox.enqueue(event(number))
@@ -71,7 +71,7 @@ def test_drops_are_in_the_ledger_while_the_process_runs_and_bounded_in_rate(box:
 
 
 def test_drops_are_recorded_again_after_ten_seconds(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Only what is new; and a drop that `when_full="block"` takes back is not recorded."""
+    """Only new drops are recorded, and no drop that `when_full="block"` subtracts again."""
     totals = {"max_bytes": 5, "io_error": 0}
     ledger = LedgerWriter(outbox_dir, clock)
     reporter = DropRecorder(outbox_dir.path, "w", clock, ledger, lambda: totals)
@@ -92,7 +92,7 @@ def test_drops_are_recorded_again_after_ten_seconds(outbox_dir: Directory, clock
 def test_the_end_of_drops_is_logged_at_the_level_of_their_beginning(
     outbox_dir: Directory, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With their number and how long they lasted; a pause between two drops is no end."""
+    """The line has their number and duration. A short pause between two drops is not the end."""
     caplog.set_level(logging.DEBUG, "pillarbox")
     totals = {"disk_full": 0}
     reporter = DropRecorder("box", "w", clock, None, lambda: totals)
@@ -167,7 +167,7 @@ def test_the_time_until_full_follows_from_what_comes_in_and_goes_out(outbox_dir:
 
 
 def test_memory_and_the_layer_of_a_container_are_warned_of(tmp_path: Path) -> None:
-    """The exit code is 0 with durability "process": what is configured is kept, until a restart."""
+    """The exit code is 0 with durability "process", because the configured guarantee holds until a restart."""
     folder = Path("/dev/shm") / f"pillarbox-{tmp_path.name}"
     folder.mkdir(mode=0o700)
     try:

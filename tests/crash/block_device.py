@@ -451,7 +451,7 @@ def run(
     *,
     cuts_min: int = 0,
 ) -> BlockDeviceReport:
-    """Run for about `seconds`, and longer on a slow machine: until there were so many cuts. Raises `BlockDeviceViolation` with the history."""
+    """Run for about `seconds`, and longer on a slow machine, until the minimum of cuts is reached. Raises `BlockDeviceViolation` with the history."""
     with LoopDevice(filesystem, directory) as medium:
         cuts = PowerCuts(medium, seed)
         end = time.monotonic() + seconds

@@ -471,7 +471,7 @@ def run(
     kills_min: int = 0,
     acknowledged_min: int = 0,
 ) -> KillReport:
-    """Torture for about `seconds`, and longer on a slow machine: until there were so many kills and acknowledged events.
+    """Torture for about `seconds`, and longer on a slow machine, until the minima of kills and acknowledged events are reached.
 
     Raises `KillViolation`; the directory is kept then.
     """

@@ -329,7 +329,7 @@ def run(
     rounds_min: int = 0,
     acknowledged_min: int = 0,
 ) -> kills.KillReport:
-    """Torture with a cut in each round for about `seconds`, and longer on a slow machine: until the minima are reached.
+    """Torture with a cut in each round for about `seconds`, and longer on a slow machine, until the minima are reached.
 
     Raises `KillViolation`; the files are kept then.
     """

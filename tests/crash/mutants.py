@@ -311,7 +311,7 @@ def documented_rows() -> dict[str, dict[str, str]]:
 
 
 def documented_finders(name: str) -> list[str]:
-    """The harnesses that find a mutant, as the table in the documents has them."""
+    """The harnesses that find a mutant, according to the table in the documents."""
     return [harness for harness, cell in documented_rows().get(name, {}).items() if cell == "**found**"]
 
 
@@ -402,7 +402,7 @@ def run_harnesses(mutant: Mutant | None, bounds: Mapping[str, float], *, compile
 
 
 def bounds_from_correct_code(mutants: Iterable[Mutant]) -> dict[tuple[str, bool], float]:
-    """How many seconds each harness may take on a mutant, by its name and whether the order is compiled.
+    """The seconds that each harness may take on a mutant, by its name and whether the order is compiled.
 
     Runs each harness that these mutants need on the correct code. Raises `RuntimeError` if one finds a violation there: it would
     find it in every mutant.

@@ -122,7 +122,7 @@ def problem_after(state: State, command: str) -> str:
 
 
 def problem_after_resuming(state: State) -> str:
-    """Where the queue is still there, deliver to it as before, in place of completing its removal, and check the result."""
+    """If the queue still exists, deliver to it as before instead of completing its removal, and check the result."""
     world = RemovalWorld(dict(state))
     if not world.process.directory.queues():
         return ""
@@ -161,7 +161,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("each_order")
 @pytest.mark.parametrize("command", ["return", "discard", "add"])
 def test_every_state_after_a_command_on_queues_was_cut_short_is_recovered(command: str) -> None:
-    """What was returned is delivered by a single sink, no directory of a removed queue stays, and the ledger balances."""
+    """A single sink delivers the returned batches, no directory of a removed queue is left, and the ledger balances."""
     states = {frozenset(state.items()): state for state in states_of(command)}
     assert len(states) > 10
     for state in states.values():
@@ -171,7 +171,7 @@ def test_every_state_after_a_command_on_queues_was_cut_short_is_recovered(comman
 
 @pytest.mark.parametrize("command", ["return", "discard"])
 def test_the_command_may_be_killed_twice(command: str) -> None:
-    """The second time while it completes what the first one began."""
+    """The second kill comes while recovery completes the command."""
     killed_twice = 0
     for first in range(OPERATIONS_MAX):
         world = RemovalWorld()
@@ -188,7 +188,7 @@ def test_the_command_may_be_killed_twice(command: str) -> None:
 
 
 def test_no_state_brings_names_back_into_a_queue_that_is_removed() -> None:
-    """Once the queue has its new name, the removal of its batches is durable, whoever recovers."""
+    """Once the queue has its new name, the removal of its batches is durable."""
     for state in states_of("return"):
         back = [path for path in state if kind_at(path) is Kind.SEALED and f"/{layout.removing_name(SINK)}/" in path]
         assert not back, sorted(state)

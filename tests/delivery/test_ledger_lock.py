@@ -1,4 +1,4 @@
-"""While another process holds `ledger.lock`, nothing that the ledger must count is deleted; a disk that refuses holds up nothing."""
+"""While another process holds `ledger.lock`, no uncounted batch is deleted. A disk that rejects ledger entries delays nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.sinks.http_server import closed_port_url
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold `ledger.lock` of a directory, as a process does that was stopped while it appended."""
+    """Hold `ledger.lock` of a directory, like a process that is suspended while it appends."""
     fd = os.open(folder / layout.LEDGER_LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -78,7 +78,7 @@ def test_a_worker_that_ends_while_the_lock_is_held_leaves_the_batches(box: Path)
 
 
 def test_a_command_that_ends_with_counts_unwritten_says_so_and_exits_with_1(box: Path) -> None:
-    """The events are stored all the same."""
+    """The events are stored nevertheless."""
     with held(box):
         completed = run("enqueue", "-d", "box", "--json", cwd=box.parent, stdin=event_line(9))
         assert completed.returncode == 1
@@ -92,7 +92,7 @@ def test_a_command_that_ends_with_counts_unwritten_says_so_and_exits_with_1(box:
 
 @pytest.mark.parametrize("queue", ["", "sink-b"])
 def test_batches_are_not_fanned_out_while_a_ledger_is_locked(tmp_path: Path, queue: str) -> None:
-    """Neither that of the directory nor that of a queue; afterwards each sink gets every event once."""
+    """This holds for the ledger of the directory and for that of a queue. Afterwards each sink gets every event once."""
     box = tmp_path / "box"
     with Outbox(str(box), sinks={name: f"sqlite:///{tmp_path / name}.db" for name in "ab"}) as outbox:
         wait_until((box / "sink-b").exists)
@@ -107,7 +107,7 @@ def test_batches_are_not_fanned_out_while_a_ledger_is_locked(tmp_path: Path, que
 
 
 def test_nothing_is_evicted_while_the_ledger_is_locked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """New events are dropped meanwhile, and the state says why. The end is logged as that of this problem."""
+    """New events are dropped meanwhile, and the state says why. The log line at the end names this problem."""
     caplog.set_level(logging.INFO, "pillarbox")
     box = tmp_path / "box"
     limits = {"batch_size": 1, "max_bytes": 5000, "min_free_bytes": 0}

@@ -40,7 +40,7 @@ def seal_files(outbox_dir: Directory, files: int) -> None:
 
 
 class StallingSink(RecordingSink):
-    """In its sixth call the process is suspended, and the connection breaks. Notes the rate at each call."""
+    """Suspends the process and breaks the connection in its sixth call. Records the rate at each call."""
 
     def __init__(self, clock: MovingClock, *, suspends: bool) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class StallingSink(RecordingSink):
 
 @pytest.mark.parametrize("suspends", [True, False])
 def test_a_call_during_which_the_process_was_suspended_does_not_pace_delivery(outbox_dir: Directory, suspends: bool) -> None:
-    """A failed call during which it was not does."""
+    """A failed call without a suspension does."""
     seal_files(outbox_dir, 12)
     clock = MovingClock()
     sink = StallingSink(clock, suspends=suspends)
@@ -72,7 +72,7 @@ def test_a_call_during_which_the_process_was_suspended_does_not_pace_delivery(ou
 
 
 def test_a_stopped_process_continues_at_full_speed(outbox_dir: Directory) -> None:
-    """A real one, for longer than an outage takes. The server gives up on it meanwhile."""
+    """A real process is stopped for longer than the threshold of an outage. Meanwhile the server closes the connection."""
     seal_files(outbox_dir, 40)
     process: subprocess.Popen[str] | None = None
     calls = 0
@@ -101,7 +101,7 @@ def test_a_stopped_process_continues_at_full_speed(outbox_dir: Directory) -> Non
 def test_a_locked_sqlite_file_does_not_pace_delivery(
     outbox_dir: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process writes to it: there is nobody to share it with."""
+    """Only one process writes to the file, so the rate need not be reduced for other clients."""
     monkeypatch.setattr(sqlite, "BUSY_TIMEOUT_S", 0.05)
     database = tmp_path / "events.db"
     seal_files(outbox_dir, 1)

@@ -53,7 +53,7 @@ class ByIndexSink(RecordingSink):
 
 
 def windows_of(batch: str, calls: list[str]) -> list[tuple[int, int]]:
-    """The first and the last record of each call."""
+    """The first and last record of each call."""
     assert all(call.startswith(f"{batch}:") for call in calls)
     ranges = [call.removeprefix(f"{batch}:").split("-") for call in calls]
     return [(int(first), int(last)) for first, last in ranges]
@@ -112,7 +112,7 @@ def test_dead_letters_and_damaged_bytes_of_all_windows_are_kept_and_counted_once
 
 
 def test_a_file_whose_rejects_exceed_a_limit_is_held_or_its_rejects_are_discarded(outbox_dir: Directory) -> None:
-    """The limit counts what the earlier windows have set aside."""
+    """The limit counts the dead letters and damaged bytes of earlier windows."""
     payloads = large_payloads(poison_every=50)
     batch = seal_batch(outbox_dir, 1, *payloads)
     seal_batch(outbox_dir, 2, b'"next"')
@@ -148,7 +148,7 @@ def test_a_large_file_that_is_wholly_rejected_waits_for_another_batch(outbox_dir
 
 
 class ConfirmingSink(RecordingSink):
-    """Loses what it has not confirmed, the first time that it is asked about a second window."""
+    """Loses unconfirmed events once: when it is first asked to confirm a second window."""
 
     def __init__(self) -> None:
         super().__init__(needs_confirmation=True, unconfirmed_max=8)
@@ -204,7 +204,7 @@ def stored_ids(database: Path) -> list[str]:
 
 
 def test_a_file_of_several_hundred_megabytes_is_delivered_in_little_memory(tmp_path: Path) -> None:
-    """The memory is limited, and what a file of one event takes is subtracted."""
+    """The memory that a file of one event takes is subtracted."""
     seal_large_file(tmp_path / "small", 1, 10)
     small = subprocess.run([*DELIVER[:4], "-d", "small", *DELIVER[6:]], cwd=tmp_path, check=True, timeout=60)
     assert small.returncode == 0

@@ -1,4 +1,4 @@
-"""Nothing that blocks in a sink, not even the resolution of names, delays `flush`, `close`, SIGTERM or the end of a program."""
+"""A sink that blocks, for example in name resolution, delays neither `flush`, `close`, SIGTERM nor the end of a program."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ print("end", time.monotonic(), flush=True)
     ],
 )
 def test_no_call_and_no_end_of_a_program_waits_for_a_sink_that_blocks(sink: str, deliver: str, tmp_path: Path) -> None:
-    """Neither for the system's resolver nor for code of another package."""
+    """This holds for the system's resolver and for code of another package."""
     command = (sys.executable, "-c", PROGRAM, sink, deliver)
     with run_with_silent_resolver(*command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
         output, _ = process.communicate(timeout=60)
@@ -113,7 +113,7 @@ def test_a_command_does_not_wait_for_a_name_server(arguments: tuple[str, ...], c
 
 
 def test_one_name_is_resolved_by_one_thread_however_often_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attempt that gave up left its thread behind; the next one waits for the same answer."""
+    """If an attempt times out, its thread continues, and the next attempt waits for the same answer."""
     asked, answer = [], threading.Event()
 
     def slow(*query: object) -> list[object]:
@@ -138,7 +138,7 @@ def test_one_name_is_resolved_by_one_thread_however_often_it_is_asked_for(monkey
 
 
 def test_a_loop_that_is_closed_while_a_name_is_resolved_reports_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """The thread ends when it gets its answer, and says so to nobody."""
+    """The thread ends when it gets its answer, and reports to no loop."""
     answer, started = threading.Event(), threading.Event()
 
     def slow() -> None:
@@ -162,7 +162,7 @@ def test_a_loop_that_is_closed_while_a_name_is_resolved_reports_nothing(caplog: 
 
 
 def test_more_calls_than_threads_wait_for_their_turn() -> None:
-    """And a call that raises does not end its thread."""
+    """A call that raises does not end its thread."""
     executor = DaemonExecutor("pillarbox-test", 2)
     gate = threading.Event()
     futures = [executor.submit(lambda number: gate.wait(60) and 1 // number, number) for number in range(8)]
@@ -172,7 +172,7 @@ def test_more_calls_than_threads_wait_for_their_turn() -> None:
 
 
 def test_without_a_thread_a_call_that_blocks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is not left in the queue, from which nobody would take it."""
+    """The call does not stay in the queue, because no thread would make it."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

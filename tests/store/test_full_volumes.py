@@ -1,4 +1,4 @@
-"""A volume without a free byte or inode: what frees space still works, on a real small file system."""
+"""On a volume without a free byte or inode, operations that free space still work. The tests use a small real file system."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def volume(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 def use_up(volume: Path) -> None:
-    """Leave neither a byte nor an inode."""
+    """Use all free bytes and inodes."""
     (volume / "others").touch()
     number = 0
     while os.statvfs(volume).f_favail:
@@ -58,7 +58,7 @@ def directory_of(path: Path) -> Directory:
 
 @pytest.mark.parametrize("volume", ["size=1m,nr_inodes=40"], indirect=True)
 def test_all_lock_files_exist_once_a_directory_was_opened(volume: Path) -> None:
-    """Also those of commands and of eviction, which may not be needed for months."""
+    """This includes those of commands and of eviction, which may not be needed for months."""
     box = volume / "box"
     with Outbox(str(box)):  # it starts
         assert set(layout.CONTROL_FILES) <= set(os.listdir(box))
@@ -100,7 +100,7 @@ def test_eviction_works_on_a_full_volume(volume: Path) -> None:
 
 @pytest.mark.parametrize("volume", ["size=1m,nr_inodes=40"], indirect=True)
 def test_a_retained_batch_is_given_up_for_dead_letters(volume: Path) -> None:
-    """Otherwise the batch could not be settled, and its file not be deleted, until somebody frees space."""
+    """Otherwise the batch could not be settled and deleted until someone frees space."""
     box = volume / "box"
     box.mkdir(mode=0o700)
     directory = directory_of(box)
@@ -119,7 +119,7 @@ def test_a_retained_batch_is_given_up_for_dead_letters(volume: Path) -> None:
 
 @pytest.mark.parametrize("volume", ["size=64m,nr_inodes=400"], indirect=True)
 def test_few_free_inodes_drop_events_like_few_free_bytes(volume: Path) -> None:
-    """A twentieth of them must stay free. Doctor says so."""
+    """A twentieth of them must stay free. `doctor` reports it."""
     box = volume / "box"
     with Outbox(str(box), min_free_bytes=1) as outbox:
         assert outbox.enqueue(event(0))

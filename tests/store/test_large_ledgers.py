@@ -1,4 +1,4 @@
-"""Ledgers that are larger than the memory: read in parts, with the same totals."""
+"""Ledgers larger than the memory are read in parts, with the same totals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_ledger(outbox_dir: Directory, data: bytes) -> None:
 def test_a_ledger_that_is_read_in_parts_has_the_same_entries(
     outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch, part_bytes: int
 ) -> None:
-    """Also where lines are damaged, and where a part ends in the middle of a line."""
+    """This holds also for damaged lines, and for a part that ends in the middle of a line."""
     monkeypatch.setattr(ledger_reader, "PART_BYTES", part_bytes)
     entries = [entry for number in range(30) for entry in batch_entries(number)]
     lines = encode_entries(entries).splitlines(keepends=True)
@@ -55,7 +55,7 @@ def test_a_line_of_any_length_costs_one_unreadable_line(outbox_dir: Directory, m
 
 
 def test_the_totals_stay_the_same_however_many_entries_are_kept(outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches that exist, or are not finished, are not summed up."""
+    """Batches that exist or are unfinished are not summed up."""
     name = layout.sealed_name(5, "u")
     entries = [entry for number in range(3000) for entry in batch_entries(number)]
     entries += [PurgedEntry(1, "sealed-x", "dead", 2000), SealedEntry(9, "sealed-9999999999999999-u", "w", 7, 10)]

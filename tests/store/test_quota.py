@@ -57,7 +57,7 @@ def test_drop_oldest_evicts_whole_batches_and_counts_their_events(tmp_path: Path
 def test_a_suspended_process_that_holds_the_lock_for_eviction_does_not_stop_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Otherwise all others would drop every event, without a word, for as long as that process is suspended."""
+    """Otherwise all other processes would drop every event until that process continues."""
     folder, stored_after = tmp_path / "outbox", 0
     with Outbox(str(folder), when_full="drop_oldest", max_bytes=100 * LINE_BYTES, flush_interval=0.02) as outbox:
         assert outbox.enqueue(event(0))

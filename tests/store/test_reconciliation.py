@@ -149,7 +149,7 @@ def test_fanned_out_counts_follow_a_queue_that_is_renamed_or_removed() -> None:
 
 
 def test_a_batch_that_came_back_empty_does_not_count_over_the_one_that_was_delivered() -> None:
-    """A power loss undid its deletion and lost its content: it is settled, fanned out, evicted and counted once more."""
+    """A power loss restored its name without its content, so it is settled, fanned out, evicted and counted once more."""
     sealed = SealedEntry(1, "a", "w", 3, 30)
     delivered, empty = SettledEntry(2, "a", "s", 2, 0, 1, 0), SettledEntry(3, "a", "s", 0, 0, 0, 0)
     orders: list[list[LedgerEntry]] = [
@@ -175,7 +175,7 @@ def test_a_batch_that_came_back_empty_does_not_count_over_the_one_that_was_deliv
 
 
 def test_a_returned_batch_is_pending_again_and_missed_if_its_file_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if it was summed up as fanned out in between, and if the sums are made again."""
+    """Also if it was summed up as fanned out in between, and if the sums are compacted again."""
     monkeypatch.setattr(reconciliation, "RECENT_BATCHES_MAX", 0)
     entries: list[LedgerEntry] = [SealedEntry(1, "a", "w", 3, 30), FannedOutEntry(2, "a", ["x"], 3, 0)]
     returned = ReturnedEntry(6, "a", 3)

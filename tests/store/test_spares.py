@@ -158,7 +158,7 @@ def test_a_handler_that_appends_during_a_rotation_gets_the_later_segment(
 
 
 def test_a_segment_that_waits_for_a_slow_disk_stops_growing_at_a_limit(outbox_dir: Directory, clock: ManualClock) -> None:
-    """Events are dropped then, with a reason of their own, until the disk has caught up."""
+    """Then events are dropped with the reason `disk_slow` until the disk has caught up."""
     pipeline = SealingWriter(outbox_dir, clock, batch_bytes=1000, max_bytes=2**30)
     large = record.line(b'"' + b"x" * 2**20 + b'"')
     outcomes = [pipeline.writer.append(large, 1) for _ in range(writer.RETIRED_MAX + SEGMENT_BYTES_MAX // 2**20 + 3)]

@@ -1,4 +1,4 @@
-"""Reading a file in windows: the same records and damaged bytes as at once, whatever the file contains."""
+"""A file that is read in windows has the same records and damaged bytes as if it were read at once."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_record_behind_more_nul_bytes_than_a_window_is_delivered(tmp_path: Pat
 
 
 def test_no_part_of_a_line_that_is_longer_than_a_window_is_a_record(tmp_path: Path) -> None:
-    """Its end may look like one, where a window begins with it."""
+    """A window may begin with a part of it that looks like a record."""
     for filler in range(WINDOW_BYTES - 30, WINDOW_BYTES + 30):
         line = b"x" * filler + GOOD[1]
         parts = read(tmp_path, GOOD[0] + line + GOOD[2])

@@ -1,1 +1,1 @@
-"""Surroundings in which Python is not as CPython makes it: greenlets, servers that embed it, forks made in C."""
+"""Environments that change how Python runs: greenlets, servers that embed Python, forks in C."""

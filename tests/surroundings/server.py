@@ -1,4 +1,4 @@
-"""Starts a WSGI server with `wsgi_app.py` in a process of its own, posts events to it, and checks where they arrived."""
+"""Starts a WSGI server with `wsgi_app.py` in a separate process, posts events to it, and checks where they arrived."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def request(port: int, target: str, method: str = "GET") -> str:
-    """The body of the answer."""
+    """The body of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request(method, target)
@@ -51,7 +51,7 @@ def is_listening(port: int) -> bool:
 
 @contextmanager
 def running(command: Sequence[str], folder: Path, port: int, environ: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server until the block ends; then end it as a service manager does."""
+    """Run a server until the block ends; then stop it as a service manager does."""
     with open(folder / "server.log", "wb") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | environ, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -69,7 +69,7 @@ def running(command: Sequence[str], folder: Path, port: int, environ: dict[str, 
 
 
 def post_events(port: int, count: int) -> None:
-    """Store so many events, from several clients at once."""
+    """Store `count` events, from several clients at once."""
     with ThreadPoolExecutor(CLIENTS) as pool:
         answers = list(pool.map(lambda number: request(port, f"/enqueue/{number}", "POST"), range(count)))
     assert answers == ["stored"] * count

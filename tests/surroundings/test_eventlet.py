@@ -1,4 +1,4 @@
-"""eventlet replaces threads, locks, sockets and more of the standard library. Delivery takes the system's own."""
+"""eventlet patches threads, locks, sockets and more of the standard library. Delivery uses those of the system."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.parametrize("deliver", ["thread", "process"])
 def test_each_event_of_an_eventlet_server_arrives_once_at_each_sink(tmp_path: Path, program: str, deliver: str) -> None:
-    """Whenever the standard library was patched."""
+    """It makes no difference when the standard library was patched."""
     port = free_port()
     check_delivery([sys.executable, "-c", program, str(port)], port, tmp_path, deliver=deliver)
 
@@ -71,7 +71,7 @@ eventlet.sleep(0.1)
 
 
 def test_log_lines_of_delivery_are_written_where_greenlets_may_wait_for_the_handler(tmp_path: Path) -> None:
-    """The lock of a handler belongs to greenlets, and a thread of the system that waits for it would wait for ever."""
+    """The lock of a handler works among greenlets only: a thread of the system would wait for it forever."""
     program = f"{PATCH}\n{LOG}"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False

@@ -1,4 +1,4 @@
-"""gevent replaces threads, locks, sockets and more of the standard library. Delivery takes the system's own."""
+"""gevent patches threads, locks, sockets and more of the standard library. Delivery uses those of the system."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRAMS = {
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.parametrize("deliver", ["thread", "process"])
 def test_each_event_of_a_gevent_server_arrives_once_at_each_sink(tmp_path: Path, program: str, deliver: str) -> None:
-    """Whenever the standard library was patched. Coroutines of the application run meanwhile."""
+    """It makes no difference when the standard library was patched. Coroutines of the application run meanwhile."""
     port = free_port()
     log = check_delivery([sys.executable, "-c", program, str(port)], port, tmp_path, deliver=deliver)
     assert "Traceback" not in log
@@ -72,7 +72,7 @@ WAITS = {
 
 @pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_other_greenlets_run_while_one_waits(tmp_path: Path, wait: str) -> None:
-    """For delivery, for the end, or for room."""
+    """The greenlet waits for delivery, for the end, or for room."""
     run_program(f"{PATCH}\n{WAIT.format(wait=wait)}", tmp_path)
 
 
@@ -96,7 +96,7 @@ outbox.close()
 
 
 def test_before_send_is_called_for_each_event_although_it_lets_other_greenlets_run(tmp_path: Path) -> None:
-    """A greenlet in the hook does not stand for its thread."""
+    """Whether a hook runs is recorded for the greenlet, not for its thread."""
     run_program(f"{PATCH}\n{HOOKS}", tmp_path)
 
 
@@ -121,5 +121,5 @@ outbox.close()
 
 @pytest.mark.parametrize("settings", [{}, {"deliver": "process"}], ids=str)
 def test_a_child_forked_under_gevent_delivers(tmp_path: Path, settings: dict[str, Any]) -> None:
-    """As a worker of gunicorn does, whose master loaded the application."""
+    """Like a worker of gunicorn, whose master loaded the application."""
     run_program(f"{PATCH}\n{FORK.format(settings=settings)}", tmp_path)

@@ -1,4 +1,4 @@
-"""What holds of the threads of Pillarbox in any surroundings."""
+"""Properties of the threads of Pillarbox in any environment."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ outbox.close()
 @pytest.mark.parametrize("deliver", ["thread", "process"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_no_thread_of_pillarbox_imports_a_module(tmp_path: Path, deliver: str, host: str) -> None:
-    """A process that is forked meanwhile would wait for the import for ever, and so would a thread while gevent patches."""
+    """If the process forks or gevent patches meanwhile, the import lock would never be released."""
     with Server() as server:
         url = server.url().replace("127.0.0.1", host)
         command = [sys.executable, "-c", IMPORTS, url, deliver]
@@ -58,7 +58,7 @@ outbox.close()
 
 
 def test_the_default_timeout_of_sockets_does_not_end_the_child_process(tmp_path: Path) -> None:
-    """It would make the socket to the child one that does not wait, on both ends."""
+    """It would make both ends of the socket to the child non-blocking."""
     done = subprocess.run(
         [sys.executable, "-c", TIMEOUT], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )

@@ -1,4 +1,4 @@
-"""uWSGI embeds Python and forks in C: its master loads the application, and its workers are forked from that."""
+"""uWSGI embeds Python and forks in C: its master loads the application, and its workers are forked from the master."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def command(port: int, *options: str) -> list[str]:
 def test_each_event_of_uwsgi_workers_arrives_once_at_each_sink(
     tmp_path: Path, deliver: str, hooks: bool, used_at_import: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of several workers, which share the outbox that the master made."""
+    """Several workers share the outbox that the master created."""
     if used_at_import:
         monkeypatch.setenv("USE_AT_IMPORT", "1")
     port = free_port()
@@ -39,7 +39,7 @@ def test_each_event_of_uwsgi_workers_arrives_once_at_each_sink(
 
 
 def test_without_threads_the_log_names_the_option(tmp_path: Path) -> None:
-    """The events of the requests are kept."""
+    """The events of the requests are stored."""
     port = free_port()
     environ = {"OUTBOX": json.dumps({"directory": str(tmp_path / "box")}), "PYTHONPATH": str(ROOT)}
     with running(command(port), tmp_path, port, environ):

@@ -1,4 +1,4 @@
-"""Where the torture's processes run: as usual, patched by gevent, with little memory, or on a volume that is full half of the time."""
+"""The environments of the torture's processes: normal, patched by gevent, with little memory, or on a volume that is often full."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ _CGROUPS: Final = Path("/sys/fs/cgroup")
 
 
 class UnavailableError(Exception):
-    """These surroundings cannot be had on this machine. The message says why."""
+    """This machine cannot provide the environment. The message says why."""
 
 
 class Surroundings:
-    """As usual; the base of the others."""
+    """The normal environment, and the base class of the others."""
 
     ledger_is_whole = True  # without room, files are settled before their entries are written, and a kill loses these
 
     def outboxes(self, folder: Path) -> Path:
-        """Where the outbox directories lie; `folder` is the one of the run."""
+        """The directory for outbox directories; `folder` is that of the run."""
         return folder
 
     def start_round(self) -> None:
-        """The outbox of a round exists."""
+        """Called when the outbox of a round exists."""
 
     def enter(self) -> None:
-        """In each process, before it works."""
+        """Called in each process before it works."""
 
     def violations(self) -> list[str]:
-        """What has gone wrong besides the events."""
+        """Violations that do not concern events."""
         return []
 
     def end(self) -> None:
-        """Remove what was made."""
+        """Remove what this object created."""
 
 
 class Gevent(Surroundings):
-    """Each process is patched by gevent, after Pillarbox was imported."""
+    """gevent patches each process after Pillarbox was imported."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("gevent") is None:
@@ -76,18 +76,18 @@ class SmallMemory(Surroundings):
             limit = "memory.max" if (self._group / "memory.max").exists() else "memory.limit_in_bytes"
             (self._group / limit).write_text(str(MEMORY_BYTES))
         except OSError as error:
-            raise UnavailableError(f"no cgroup can be made: {error}") from None
+            raise UnavailableError(f"no cgroup can be created: {error}") from None
 
     def enter(self) -> None:
         """Join the group."""
         (self._group / "cgroup.procs").write_text(str(os.getpid()))
 
     def violations(self) -> list[str]:
-        """Whether the kernel has killed a process for want of memory."""
+        """A violation if the kernel has killed a process for lack of memory."""
         for name in ("memory.events", "memory.oom_control"):
             with contextlib.suppress(FileNotFoundError):
                 counts = dict(line.split() for line in (self._group / name).read_text().splitlines())
-                return [f"{counts['oom_kill']} processes were killed for want of memory"] if int(counts["oom_kill"]) else []
+                return [f"{counts['oom_kill']} processes were killed for lack of memory"] if int(counts["oom_kill"]) else []
         return []
 
     def end(self) -> None:
@@ -106,7 +106,7 @@ def _memory_group() -> Path:
 
 
 class FullVolume(Surroundings):
-    """The outbox lies on a small ext4, which half of the time has no byte and no inode free."""
+    """The outbox is on a small ext4, which has no free byte and inode half of the time."""
 
     ledger_is_whole = False
 
@@ -115,7 +115,7 @@ class FullVolume(Surroundings):
         self._filler: subprocess.Popen[bytes] | None = None
 
     def outboxes(self, folder: Path) -> Path:
-        """Make and mount the volume."""
+        """Create and mount the volume."""
         image, mount = folder / "volume", folder / "mount"
         mount.mkdir()
         with image.open("wb") as file:
@@ -133,12 +133,12 @@ class FullVolume(Surroundings):
         return mount
 
     def start_round(self) -> None:
-        """Begin to fill the volume and to empty it."""
+        """Start the process that fills and empties the volume."""
         self.end_round()
         self._filler = subprocess.Popen([sys.executable, "-m", "tests.torture.surroundings", str(self._mount)])
 
     def end_round(self) -> None:
-        """Leave the volume as the outboxes have it."""
+        """Stop filling and emptying the volume."""
         if self._filler is not None:
             self._filler.send_signal(signal.SIGKILL)
             self._filler.wait()
@@ -172,7 +172,7 @@ def fill_and_empty(volume: Path, chance: random.Random) -> None:
 
 
 def _fill(volume: Path, number: int) -> int:
-    """Take all bytes, and then all inodes; returns the number of the next file."""
+    """Use all bytes, and then all inodes. Returns the number of the next file."""
     with contextlib.suppress(OSError), (volume / "filling-bytes").open("ab", buffering=0) as file:
         for size in (2**20, 2**12, 1):
             with contextlib.suppress(OSError):

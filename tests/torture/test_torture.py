@@ -52,7 +52,7 @@ def test_every_event_arrives_once_and_only_poisoned_events_are_dead_letters(dest
 
 @pytest.mark.parametrize(("kind", "destination"), [("gevent", "http"), ("small-memory", "http"), ("full-volume", "sqlite")])
 def test_every_event_arrives_once_in_strange_surroundings(kind: str, destination: str) -> None:
-    """Patched by gevent, in 256 MiB, or with a volume that is full half of the time."""
+    """The environment is gevent, 256 MiB of memory, or a volume that is full half of the time."""
     command = [sys.executable, "-m", "tests.torture", "--destination", destination, "--under", kind]
     command += ["--minutes", "0.1", "--seed", str(SEED)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

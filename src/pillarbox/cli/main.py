@@ -125,7 +125,7 @@ def _exit_code() -> int:
         return ExitCode.DONE
     except OSError as error:  # a disk error at any step; commands that know more about it report it themselves
         err.print(f"pillarbox: {describe_os_error(error)}", style="red")
-        _give_up_stdout()
+        _flush_or_discard_stdout()
         return ExitCode.USAGE
     except Exception as error:
         show = getattr(error, "show", None)  # typer's usage errors have it
@@ -138,8 +138,8 @@ def _exit_code() -> int:
     return result if isinstance(result, int) else ExitCode.DONE
 
 
-def _give_up_stdout() -> None:
-    """Flush standard output as far as possible, so that the interpreter does not fail on it at exit."""
+def _flush_or_discard_stdout() -> None:
+    """Flush standard output. If that fails, discard it, so that the interpreter does not fail on it at exit."""
     try:
         flush_stdout()
     except OSError:

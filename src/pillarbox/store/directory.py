@@ -80,7 +80,7 @@ class Directory:
         self._names_unsynced = False  # the sync after renaming has failed
         self._has_queues = False  # queues exist or were requested; once True it is not checked again
         # removes spares or a retained batch on a full volume; returns whether anything was removed
-        self.give_up_room: Callable[[], bool] = lambda: False
+        self.reclaim_space: Callable[[], bool] = lambda: False
         self._logged_skips: dict[str, str] = {}  # files that recovery cannot use, with the problem
         self.reset_after_fork()
 
@@ -544,7 +544,7 @@ class Directory:
         if not is_full(error):
             return False
         with contextlib.suppress(OSError):
-            return (self.parent or self).give_up_room()
+            return (self.parent or self).reclaim_space()
         return False
 
     def remove(self, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pillarbox.errors import FileUnusableError
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
-from pillarbox.store.room import give_up_room
+from pillarbox.store.room import reclaim_space
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -31,5 +31,5 @@ def directory_at(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
 
 def _directory(path: str, filesystem: Filesystem, clock: Clock) -> Directory:
     directory = Directory(path, filesystem, clock)
-    directory.give_up_room = partial(give_up_room, directory)
+    directory.reclaim_space = partial(reclaim_space, directory)
     return directory

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from pillarbox.store.directory import Directory
 
 
-def give_up_room(directory: Directory, give_up_spares: Callable[[], bool] = lambda: False) -> bool:
+def reclaim_space(directory: Directory, remove_spares: Callable[[], bool] = lambda: False) -> bool:
     """Remove the spares if the volume has no free inode, and otherwise the retained batch that was delivered first.
 
-    Returns whether anything was removed. `give_up_spares` removes those of this process. Raises `OSError`.
+    Returns whether anything was removed. `remove_spares` removes those of this process. Raises `OSError`.
     """
-    if not directory.filesystem.disk_space(directory.path).free_inodes and give_up_spares():
+    if not directory.filesystem.disk_space(directory.path).free_inodes and remove_spares():
         return True
     return evict_delivered(directory, lambda removed_bytes: removed_bytes > 0) > 0

@@ -288,7 +288,7 @@ class Sealer:
         self._report_drops(is_last=True)
         self._call_on_drops()
 
-    def give_up_spares(self) -> bool:
+    def remove_spares(self) -> bool:
         """Remove the spares of this process to free their inodes. Returns whether there were any."""
         spares = self._writer.take_spares()
         for file in spares:
@@ -363,7 +363,7 @@ class Sealer:
 
     def _leave_moved_segments(self) -> None:
         """Replace the spares and the active segment after the directory was moved: create new ones under the old path."""
-        self.give_up_spares()
+        self.remove_spares()
         self._writer.rotate("manual")
 
     def _record_sealed(self) -> None:
