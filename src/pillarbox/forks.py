@@ -24,20 +24,17 @@ _hook_ran = False
 
 
 class ForkLock:
-    """A lock that the process holds while it forks, and that is free in the child."""
+    """A lock that the process holds while it forks, and that is free in the child.
+
+    Callers use `with fork_lock.lock`. A method of ours that acquires it could be interrupted by a signal after it has.
+    """
 
     def __init__(self) -> None:
-        self._lock = threads.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        self.lock = threads.RLock()
 
     def renew(self) -> None:
         """Replace the lock in a forked child, where the thread that held it may not exist."""
-        self._lock = threads.RLock()
+        self.lock = threads.RLock()
 
 
 # Held while a descriptor is opened or closed, while a process is started, and while this process forks, so that a child knows
@@ -62,14 +59,14 @@ def was_forked_in_c() -> bool:
 
 def _before_fork() -> None:
     global _hook_ran  # noqa: PLW0603 - state of this process
-    fork_lock.__enter__()
+    fork_lock.lock.acquire()
     _hook_ran = True
 
 
 def _after_fork_in_parent() -> None:
     global _hook_ran  # noqa: PLW0603 - state of this process
     _hook_ran = False
-    fork_lock.__exit__()
+    fork_lock.lock.release()
 
 
 def _handle_fork() -> None:

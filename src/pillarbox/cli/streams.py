@@ -50,7 +50,7 @@ class QueuedStream(io.TextIOBase):
     def write(self, text: str) -> int:
         """Queue a text. If too much waits already, it is lost, and the number of lost lines is written instead."""
         data = text.encode(self._encoding, "backslashreplace")
-        with self._changed:
+        with self._changed.lock:
             if self._waiting_bytes + len(data) > _BYTES_MAX:
                 self._lost_lines += text.count("\n")
                 return len(text)
@@ -67,12 +67,12 @@ class QueuedStream(io.TextIOBase):
 
     def drain(self, timeout: float) -> bool:
         """Wait until everything is written. Returns False if that takes longer than `timeout` seconds."""
-        with self._changed:
+        with self._changed.lock:
             return self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
 
     def wait_for_reader(self, timeout: float) -> None:
         """Wait at most `timeout` seconds until everything is written. Return at once if the last wait was in vain."""
-        with self._changed:
+        with self._changed.lock:
             if not self._is_reader_stuck:
                 self._is_reader_stuck = not self._changed.wait_for(lambda: not self._waiting_bytes, timeout)
 
@@ -88,11 +88,11 @@ class QueuedStream(io.TextIOBase):
 
     def _run(self) -> None:
         while True:
-            with self._changed:
+            with self._changed.lock:
                 self._changed.wait_for(lambda: self._waiting)
                 data = self._waiting.popleft()
             self._write_out(data)
-            with self._changed:
+            with self._changed.lock:
                 self._waiting_bytes -= len(data)
                 self._is_reader_stuck = False
                 if not self._waiting_bytes:

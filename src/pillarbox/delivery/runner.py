@@ -107,7 +107,7 @@ class ThreadRunner:
     def sinks(self) -> dict[str, SinkStats]:
         """The stats of the sink."""
         worker = self.worker
-        with worker.settlement_done:  # a file that is gone is counted
+        with worker.settlement_done.lock:  # a file that is gone is counted
             return {ONLY_SINK: worker.counters.to_stats(worker.state, worker.last_error)}
 
     def is_idle(self) -> bool:
@@ -120,7 +120,7 @@ class ThreadRunner:
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:
         """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
-        with self.worker.settlement_done:
+        with self.worker.settlement_done.lock:
             self.worker.settlement_done.wait_for(lambda: self.worker.counters.flushed_files != known_files, timeout)
 
     def _run(self) -> None:

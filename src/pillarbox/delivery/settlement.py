@@ -189,7 +189,7 @@ class Settler:
         for settling in group:
             file = settling.delivered.file
             try:
-                with self.settlement_done:  # counted before the deletion, so that nobody sees the file gone and not counted
+                with self.settlement_done.lock:  # counted before the deletion: nobody sees the file gone and not counted
                     has_other_links = self._remove_file(file.locked_file)
                     if self._unsynced_since is None:
                         self._unsynced_since = self._clock.monotonic()
@@ -202,7 +202,7 @@ class Settler:
             if self._held_files.pop(file.name, None) is not None:
                 self._status.clear_warning(file.name)
         if group:
-            with self.settlement_done:  # once for the group, because each notification can give the GIL to a waiting thread
+            with self.settlement_done.lock:  # once for the group: each notification can give the GIL to a waiting thread
                 self.settlement_done.notify_all()
         if self._unsynced_since is not None and self._clock.monotonic() - self._unsynced_since >= _REMOVAL_SYNC_S:
             self.sync_removals()

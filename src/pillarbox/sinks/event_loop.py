@@ -104,12 +104,22 @@ def _unresolved(host: object) -> gaierror:
     return gaierror(EAI_AGAIN, text)
 
 
+class _FutureCondition(threads.Condition):
+    """The condition of a `Future`, which uses it as a context manager."""
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+
 class _SystemFuture(Future[T]):
     """A future that threads of the system can wait for, also if locks were replaced by those of greenlets."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._condition: Any = threads.Condition()
+        self._condition: Any = _FutureCondition()
 
 
 class _Call(NamedTuple):

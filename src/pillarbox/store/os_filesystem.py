@@ -199,14 +199,14 @@ class OsFilesystem(SequentialBatchOps):
         return fd
 
     def _open(self, path: str, flags: int) -> int:
-        with fork_lock:
+        with fork_lock.lock:
             fd = _open_above_stdio(path, flags | _OPEN_FLAGS)
             self._open_fds.add(fd)
         return fd
 
     def close(self, fd: int) -> None:
         """Close a file, and release its lock if it is held."""
-        with fork_lock:
+        with fork_lock.lock:
             self._open_fds.discard(fd)  # first: after the close another thread may get the number
             os.close(fd)
 
@@ -333,13 +333,13 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def open_locked(self, path: str, *, writable: bool = False, allow_links: bool = False, shared: bool = False) -> int | None:
         """Open and lock an existing file. None where only the step-by-step path is available."""
-        with fork_lock:
+        with fork_lock.lock:
             flags = (os.O_RDWR if writable else os.O_RDONLY) | _OPEN_FLAGS
             return self._track_fd(speedups.open_locked(path, flags, allow_links, shared, usable_owner(path)))
 
     def append_locked(self, lock_path: str, path: str, lines: bytes, *, max_size: int) -> int | None:
         """As `SequentialBatchOps` describes; None in all but the simple case."""
-        with fork_lock:  # a child that is forked meanwhile would keep the lock
+        with fork_lock.lock:  # a child that is forked meanwhile would keep the lock
             flags = os.O_RDWR | _OPEN_FLAGS
             return self._track_fd(speedups.append_locked(lock_path, path, lines, flags, max_size, usable_owner(path)))
 
@@ -350,7 +350,7 @@ class CompiledOsFilesystem(OsFilesystem):
         return fd
 
     def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
-        with fork_lock:
+        with fork_lock.lock:
             fd = self._track_fd(speedups.open_existing(path, flags | _OPEN_FLAGS, allow_links, usable_owner(path)))
         return super()._open_checked(path, flags, allow_links=allow_links) if fd is None else fd
 
@@ -366,7 +366,7 @@ class CompiledOsFilesystem(OsFilesystem):
     def create_each(self, paths: Sequence[str]) -> tuple[list[int], OSError | None]:
         """As `SequentialBatchOps`."""
         owner = _owner_of_directory(paths[0]) if paths else None
-        with fork_lock:
+        with fork_lock.lock:
             fds, number = speedups.create_each(
                 paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
@@ -375,7 +375,7 @@ class CompiledOsFilesystem(OsFilesystem):
 
     def close_each(self, fds: Sequence[int]) -> None:
         """As `SequentialBatchOps`."""
-        with fork_lock:
+        with fork_lock.lock:
             self._open_fds.difference_update(fds)
             speedups.close_each(fds)
 

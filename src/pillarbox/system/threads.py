@@ -18,8 +18,6 @@ from pillarbox.system import originals
 if TYPE_CHECKING:
     from collections.abc import Callable
     from threading import Lock, RLock
-    from types import TracebackType
-    from typing import Self
 else:
     Lock, RLock = originals.thread.allocate_lock, originals.thread.RLock
 
@@ -132,18 +130,14 @@ class Event:
 
 
 class Condition:
-    """`threading.Condition` with a lock of its own."""
+    """`threading.Condition` with a lock of its own. Callers use `with condition.lock`.
+
+    The lock is acquired by the interpreter itself: a signal could interrupt a method of ours after it has acquired the lock.
+    """
 
     def __init__(self) -> None:
-        self._lock: Any = RLock()
+        self.lock: Any = RLock()
         self._waiting: list[Lock] = []
-
-    def __enter__(self) -> Self:
-        self._lock.acquire()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lock.release()
 
     def wait_for(self, predicate: Callable[[], T], timeout: float | None = None) -> T:
         """Wait until a predicate is true, for at most `timeout` seconds. Returns its last value."""
@@ -165,11 +159,11 @@ class Condition:
         wake_up = Lock()
         wake_up.acquire()
         self._waiting.append(wake_up)
-        state = self._lock._release_save()
+        state = self.lock._release_save()
         try:
             return _acquire(wake_up, timeout)
         finally:
-            self._lock._acquire_restore(state)
+            self.lock._acquire_restore(state)
             with contextlib.suppress(ValueError):
                 self._waiting.remove(wake_up)
 

@@ -122,7 +122,7 @@ class Supervisor:
 
     def wait_for_settlement(self, known_files: int, timeout: float) -> None:
         """Wait until the number of settled files is not `known_files`, for at most `timeout` seconds."""
-        with self._stats_changed:
+        with self._stats_changed.lock:
             self._stats_changed.wait_for(
                 lambda: sum(sink.flushed_files for sink in self._stats.values()) != known_files, timeout
             )
@@ -216,7 +216,7 @@ class Supervisor:
                 self._callbacks.on_duration(seconds, sink)
         self._callbacks.on_hook_failures(report.hook_failures - self._hook_failures)
         self._hook_failures = report.hook_failures
-        with self._stats_changed:
+        with self._stats_changed.lock:
             self._stats = {name: _add_stats(self._stats_before_child.get(name), sink) for name, sink in report.sinks.items()}
             self._stats_changed.notify_all()
         return report.is_surplus
@@ -230,7 +230,7 @@ class Supervisor:
         """Set the state of all sinks while there is no child, and log each change once."""
         retry_at = None if retry_in is None else self._clock.micros() + int(retry_in * 1e6)
         state = State(name, reason, retry_at)
-        with self._stats_changed:
+        with self._stats_changed.lock:
             self._stats = {
                 sink: msgspec.structs.replace(stats, state=state, last_error=reason, rate=None)
                 for sink, stats in self._stats.items()
@@ -270,7 +270,7 @@ class _ChildProcess:
         """Start the child in a working directory, or in that of this process if the directory is gone."""
         directory = working_directory if exists(working_directory) else ""
         # A process forked meanwhile must not inherit the sockets, or neither end would notice the other's death.
-        with fork_lock:
+        with fork_lock.lock:
             self._socket, theirs = socket_pair()
             _open_sockets.update((self._socket, theirs))
             try:
@@ -318,7 +318,7 @@ class _ChildProcess:
 
     def close(self) -> None:
         """Close the socket and wait until the process has ended."""
-        with fork_lock:
+        with fork_lock.lock:
             _open_sockets.discard(self._socket)
             self._socket.close()
         if not self._process.wait(_REAP_TIMEOUT_S):
