@@ -6,7 +6,7 @@ outbox.py      what an application uses; codec.py (checks and encodes events), h
 event.py, outcome.py, settings.py, errors.py, stats.py   what it passes in and gets back
 clock.py, telemetry.py   time, and OpenTelemetry instruments
 escaping.py, redaction.py   keep control characters out of logs and terminals, and secrets out of messages
-log_records.py   tells our log records from an application's; no handler that blocks holds up delivery
+log_records.py   tells our log records from an application's; a handler that blocks does not delay delivery
 store/         files on disk
 delivery/      reads batches and sends them; delivery/process/ does so in a child process
 sinks/         destinations, one module or package each

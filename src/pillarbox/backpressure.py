@@ -30,7 +30,7 @@ class RaiseWhenFull:
         self._path = path
 
     def on_full(self, _append: Callable[[], Outcome], outcome: Outcome, _events: int) -> Outcome:
-        """Raise if `outcome` is a drop for want of room; return it otherwise."""
+        """Raise if `outcome` is a drop for lack of room; return it otherwise."""
         if isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
             raise OutboxFullError(self._path, outcome.reason)
         return outcome
@@ -64,7 +64,7 @@ class BlockWhenFull:
         return outcome
 
     async def on_full_async(self, append: Callable[[], Awaitable[Outcome]], outcome: Outcome, events: int) -> Outcome:
-        """`on_full`, for a coroutine: the event loop runs on meanwhile."""
+        """`on_full`, for a coroutine: the event loop runs meanwhile."""
         deadline = self._clock.monotonic() + self._timeout_s
         while isinstance(outcome, Dropped) and outcome.reason in FULL_REASONS:
             self._writer.uncount_drop(outcome.reason, events)

@@ -231,7 +231,7 @@ class EventEncoder:
             payload = self.encode(event)
             if type(event) is not self._event_type or len(payload) > EVENT_BYTES_MAX:
                 self.raise_invalid(event, payload)
-        except Exception as error:  # noqa: BLE001 - an event may raise anything when encoded; its caller goes on
+        except Exception as error:  # noqa: BLE001 - an event may raise anything when encoded; its caller continues
             return self.drop_invalid(event, error)
         return record.line(payload)
 

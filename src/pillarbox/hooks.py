@@ -27,8 +27,8 @@ log = logging.getLogger("pillarbox")
 # Name of each hook: what happens when it raises.
 HOOK_FAILURE_EFFECTS: Final = {
     "before_send": "the event is stored unchanged",
-    "on_drop": "the drops are counted all the same",
-    "on_dead_letter": "the dead letter is stored all the same",
+    "on_drop": "the drops are counted nevertheless",
+    "on_dead_letter": "the dead letter is stored nevertheless",
 }
 # `before_send` runs on the application's thread, which it may end by SystemExit; it must not end one of Pillarbox's threads.
 _CAUGHT_EXCEPTIONS: Final[dict[str, tuple[type[BaseException], ...]]] = {

@@ -189,8 +189,8 @@ class LogRelay:
             try:
                 item.logger.callHandlers(item.record)
                 if lost:
-                    text = "%d log records were lost: a log handler blocked for too long"
-                    log.warning(text, lost)
+                    records = "1 log record was" if lost == 1 else f"{lost:,} log records were"
+                    log.warning("%s lost: a log handler blocked for too long", records)
             except Exception:  # noqa: BLE001, S110 - the handler's own error, which `Handler.handleError` has reported
                 pass
             finally:

@@ -328,7 +328,7 @@ class Outbox(metaclass=OutboxMeta):
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """Store one event from a coroutine.
 
-        Durability "process" writes inline, because that is faster than a thread. With "power" the event loop runs on while
+        Durability "process" writes inline, because that is faster than a thread. With "power" the event loop runs while
         many coroutines share one fsync. Cancelling does not withdraw the event. Arguments, outcomes and errors are those of
         `enqueue`, and `RuntimeError` where it would have to wait on a loop that is not asyncio's.
         """

@@ -151,7 +151,7 @@ def _print_result(sinks: dict[str, SinkStats], pending: int, *, json: bool) -> N
 
 
 def _wait_until_done(runner: LocalRunner, directory: Directory, once_timeout_s: float | None, *, quiet: bool) -> bool:
-    """Show progress until nothing is pending, or without `once_timeout_s` for ever; whether nothing is left."""
+    """Show progress until nothing is pending, or without `once_timeout_s` forever. Returns whether nothing is left."""
     total = directory.disk_usage().pending_bytes
     with Progress(
         SpinnerColumn(),

@@ -83,8 +83,10 @@ class QueuedStream(io.TextIOBase):
     def _append_loss(self) -> None:
         lost, self._lost_lines = self._lost_lines, 0
         if lost:
-            lines = "1 line was" if lost == 1 else f"{lost:,} lines were"
-            self._append(f"WARNING {lines} lost here: nobody read them\n".encode())
+            problem = (
+                "1 line was lost here: nobody read it" if lost == 1 else f"{lost:,} lines were lost here: nobody read them"
+            )
+            self._append(f"WARNING {problem}\n".encode())
 
     def _run(self) -> None:
         while True:

@@ -227,7 +227,7 @@ class FanOut:
             yield_gil()
 
     def _write_ledgers(self, linked: Sequence[_LinkedFile], queues: Sequence[Directory]) -> None:
-        """Write the files into each queue's ledger, then into the directory's. On a full disk, go on without the entries.
+        """Write the files into each queue's ledger, then into the directory's. On a full disk, continue without the entries.
 
         While another process holds a ledger's lock, the files wait: raises `BlockingIOError`, and everything is done again.
         """

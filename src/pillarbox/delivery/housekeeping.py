@@ -26,7 +26,7 @@ _COMPACT_MIN_PAUSE_S: Final = 0.1  # a shorter pause is not used to compress
 class StallMeter:
     """Measures how long this process stalled: it was suspended, or its event loop was blocked.
 
-    Whoever waits calls `tick` at least once in `HEARTBEAT_INTERVAL_S`. A longer pause is a stall, apart from a little lateness.
+    Each wait calls `tick` at least once in `HEARTBEAT_INTERVAL_S`. A longer pause is a stall, apart from a little lateness.
     """
 
     def __init__(self, clock: Clock) -> None:

@@ -2,7 +2,7 @@
 
 Without failures, only the operator's ceiling limits the rate. A call that fails sets a bound: a share of the rate that the
 destination usually takes, and a small share after an outage. Each response in time raises the bound by a fixed step, and each
-slow response or failure halves it, until no batch is pending anymore. This is additive increase, multiplicative decrease:
+slow response or failure halves it, until no batch is pending any more. This is additive increase, multiplicative decrease:
 with it, many clients share one server evenly without knowing of one another.
 
 Sources: D.-M. Chiu and R. Jain, "Analysis of the Increase and Decrease Algorithms for Congestion Avoidance in Computer
@@ -184,7 +184,7 @@ class Pacer:
             self._failing_since += seconds
 
     def note_drained(self) -> None:
-        """Remove the bound, because no batch is pending anymore."""
+        """Remove the bound, because no batch is pending any more."""
         self._bound = None
         self._is_recovering = False
 

@@ -77,7 +77,7 @@ class ThreadRunner:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.unwritten_ledger_entries = 0  # whoever passed the ledger to the worker finishes it
+        self.unwritten_ledger_entries = 0  # the owner of the ledger finishes it
         self._stopping = threads.Event()
         self._defect_log = StateLog(SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -161,7 +161,7 @@ class ExternalRunner:
         """Do nothing: somebody else starts the other process."""
 
     def stop(self, timeout: float) -> bool:  # noqa: ARG002 - the protocol's
-        """Do nothing: the other process goes on."""
+        """Do nothing: the other process continues."""
         return True
 
     def notify(self) -> None:

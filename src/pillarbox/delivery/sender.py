@@ -125,7 +125,7 @@ class Sender:
         self._report_pace()
 
     def note_drained(self) -> None:
-        """Remove the rate limit, because no batch is pending anymore."""
+        """Remove the rate limit, because no batch is pending any more."""
         self._pacer.note_drained()
         self._report_pace()
 

@@ -151,7 +151,7 @@ class Settler:
         except QuarantineFullError as full:
             self.hold_without_space(delivered, full)
             return
-        except Exception as error:  # noqa: BLE001 - a defect must not keep the file locked for ever
+        except Exception as error:  # noqa: BLE001 - a defect must not keep the file locked forever
             self.hold_failed(delivered, error)
             return
         settling = _Settling(delivered, discarded)
@@ -180,7 +180,7 @@ class Settler:
                 outcome = self._ledger.write(sync=True)
                 self.waits_for_ledger = bool(group) and outcome is LedgerWrite.LOCKED
                 self._show_ledger_problem(self._ledger.problem)
-        except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked for ever
+        except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked forever
             while group:
                 self.hold_failed(group.pop().delivered, error)
         if self.waits_for_ledger:

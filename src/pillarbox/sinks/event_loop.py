@@ -95,7 +95,7 @@ class SinkEventLoop(SystemEventLoop):
     def _end_lookup(self, query: tuple[Any, ...], lookup: asyncio.Future[Any]) -> None:
         del self._lookups[query]
         if not lookup.cancelled():
-            lookup.exception()  # retrieve it: otherwise asyncio logs it if nothing waits for the lookup anymore
+            lookup.exception()  # retrieve it: otherwise asyncio logs it if nothing waits for the lookup any more
 
 
 def _unresolved(host: object) -> gaierror:

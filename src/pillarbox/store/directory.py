@@ -129,7 +129,7 @@ class Directory:
         Without them nobody could deliver, evict or purge once the volume has no byte and no inode left.
         """
         for name in layout.CONTROL_FILES:
-            with contextlib.suppress(OSError, FileUnusableError):  # whoever needs the file reports it
+            with contextlib.suppress(OSError, FileUnusableError):  # the operation that needs the file reports it
                 self.filesystem.close(self.filesystem.open_lock_file(self.path_of(name)))
         with contextlib.suppress(OSError):  # as above
             for queue in self.queues():

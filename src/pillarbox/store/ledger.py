@@ -104,7 +104,7 @@ class LedgerWriter:
         """Append the buffered entries durably. Raises `DirectoryUnusableError` if that is impossible."""
         outcome = self.write(sync=True)
         if outcome is LedgerWrite.LOCKED:
-            problem, remedy = "its ledger.lock is held by another process", "let that process go on or end, and try again"
+            problem, remedy = "its ledger.lock is held by another process", "resume or end that process, and try again"
             raise DirectoryUnusableError(self._directory.path, problem, remedy)
         if not outcome:
             raise DirectoryUnusableError(self._directory.path, "its ledger cannot be written", "free disk space and try again")

@@ -47,7 +47,7 @@ _READ_CHUNK_BYTES = 1 << 20
 _LINKS_WITHOUT_SUBDIRECTORY: Final = 2
 _MOUNTS: Final = "/proc/self/mountinfo"
 _BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
-_DELETED: Final = " (deleted)"  # behind the path of an open file that has no name any more
+_DELETED: Final = " (deleted)"  # after the path of an open file that has no name any more
 # Problems that `foreign_entries` reports, for callers that distinguish them.
 IS_DIRECTORY: Final = "is a directory"  # allowed where it is a queue
 HAS_SECOND_LINK: Final = ownership.HAS_SECOND_LINK

@@ -256,7 +256,7 @@ class Sealer:
     def _create_spares(self, count: int) -> str:
         """Create spares and give them to the writer.
 
-        An error is returned, not raised, because sealing, which makes room, must go on.
+        An error is returned, not raised, because sealing, which makes room, must continue.
         """
         if count <= 0:
             return ""

@@ -75,7 +75,7 @@ def main(descriptor: int) -> None:
     channel = ParentChannel(connection, setup.log_level)
     try:
         runner, reporter, ledger = _build_delivery(setup, channel)
-    except Exception as error:  # noqa: BLE001 - importing somebody's module may raise anything
+    except Exception as error:  # noqa: BLE001 - importing a module of another package may raise anything
         text = str(error) if isinstance(error, PillarboxError) else f"{type(error).__name__}: {error}"
         channel.send_message(ChildFailed(text))
         return
@@ -174,7 +174,7 @@ class DeliveryEvents:
 
 
 class StatsReporter:
-    """Reports to the parent on a thread of its own: a parent that does not read must not hold up delivery."""
+    """Reports to the parent on a thread of its own: a parent that does not read must not delay delivery."""
 
     def __init__(self, channel: ParentChannel, runner: Runner, hooks: Hooks, events: DeliveryEvents, clock: Clock) -> None:
         self._channel = channel
