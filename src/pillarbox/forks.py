@@ -7,7 +7,7 @@ and every function that an application calls begins with it.
 from __future__ import annotations
 
 import ctypes
-from os import getpid, register_at_fork, stat
+from os import getpid, register_at_fork
 from typing import TYPE_CHECKING, Final
 
 from pillarbox._native import COMPILED, speedups
@@ -16,7 +16,8 @@ from pillarbox.system import threads
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_LINKS_WITHOUT_SUBDIRECTORY: Final = 2
+_THREADS: Final = b"/proc/self/task"
+_ENTRIES_OF_ONE_THREAD: Final = 3  # its own, ".", and ".."
 _first: list[Callable[[], object]] = []
 _last: list[Callable[[], object]] = []
 _pid = getpid()
@@ -94,10 +95,21 @@ def _handle_c_fork() -> None:
 
 
 def _is_only_thread() -> bool:
-    try:
-        return stat("/proc/self/task").st_nlink == _LINKS_WITHOUT_SUBDIRECTORY + 1  # noqa: PTH116 - no path is at hand
-    except OSError:  # not on Linux
+    """Whether this process has one thread, found without giving up the GIL.
+
+    Who gives it up waits for the threads of the parent that waited for it. `os` gives it up for each call, `PyDLL` does not.
+    """
+    library = ctypes.PyDLL(None)
+    library.opendir.restype = ctypes.c_void_p
+    library.readdir.restype = ctypes.c_void_p
+    entries = ctypes.c_void_p(library.opendir(_THREADS))
+    if not entries:  # not on Linux
         return False
+    count = 0
+    while library.readdir(entries):
+        count += 1
+    library.closedir(entries)
+    return count == _ENTRIES_OF_ONE_THREAD
 
 
 def _compare_pids() -> None:

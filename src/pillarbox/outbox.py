@@ -585,7 +585,7 @@ class Outbox(metaclass=OutboxMeta):
         self._directory.reset_after_fork()
         self._filesystem.close_inherited()
         if was_forked_in_c():
-            close_unknown_files(self.name)
+            close_unknown_files(self._directory.path)
         if not self._closed:
             self._create_process_state()
 

@@ -30,7 +30,7 @@ from typing import Any, Final, Literal, get_args
 from greenlet import getcurrent
 
 import pillarbox
-from pillarbox.store.os_filesystem import CompiledOsFilesystem
+from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 from pillarbox.testing.crash import CrashFilesystem, Disk
 from pillarbox.testing.fault import Fault, FaultCounter, FaultFilesystem
 
@@ -198,6 +198,8 @@ class CompiledOrder:
     close_each = _simulated(CompiledOsFilesystem.close_each)
     sync_directory = _simulated(CompiledOsFilesystem.sync_directory)
     _track_fd = CompiledOsFilesystem._track_fd
+    _note_open = OsFilesystem._note_open
+    _note_closed = OsFilesystem._note_closed
 
     def __init__(self: Any, *arguments: Any) -> None:
         super().__init__(*arguments)

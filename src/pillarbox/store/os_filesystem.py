@@ -201,20 +201,31 @@ class OsFilesystem(SequentialBatchOps):
     def _open(self, path: str, flags: int) -> int:
         with fork_lock.lock:
             fd = _open_above_stdio(path, flags | _OPEN_FLAGS)
-            self._open_fds.add(fd)
+            self._note_open(fd)
         return fd
 
+    def _note_open(self, fd: int) -> None:
+        self._open_fds.add(fd)
+
+    def _note_closed(self, fd: int) -> bool:
+        """Forget an open file, before it is closed. False if a fork has closed it already."""
+        self._open_fds.discard(fd)
+        return True
+
     def close(self, fd: int) -> None:
-        """Close a file, and release its lock if it is held."""
+        """Close a file, and release its lock if it is held, also where a child that C code has forked has the file open."""
         with fork_lock.lock:
-            self._open_fds.discard(fd)  # first: after the close another thread may get the number
+            self._note_closed(fd)  # first: after the close another thread may get the number
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def close_inherited(self) -> None:
         """In a forked child: close the parent's files, without releasing the parent's locks."""
-        while self._open_fds:
-            with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
-                os.close(self._open_fds.pop())
+        for fd in list(self._open_fds):
+            if self._note_closed(fd):
+                with contextlib.suppress(OSError):  # one that is closed already must not keep the others open
+                    os.close(fd)
 
     def lock(self, fd: int) -> bool:
         """Take the exclusive lock of an open file. False if another process holds it. Only closing the file releases it."""
@@ -346,8 +357,16 @@ class CompiledOsFilesystem(OsFilesystem):
     def _track_fd(self, fd: int) -> int | None:
         if fd < 0:
             return None
-        self._open_fds.add(fd)
+        self._note_open(fd)
         return fd
+
+    def _note_open(self, fd: int) -> None:
+        super()._note_open(fd)
+        speedups.note_open(fd)
+
+    def _note_closed(self, fd: int) -> bool:
+        super()._note_closed(fd)
+        return speedups.note_closed(fd)
 
     def _open_checked(self, path: str, flags: int, *, allow_links: bool = False) -> int:
         with fork_lock.lock:
@@ -370,13 +389,15 @@ class CompiledOsFilesystem(OsFilesystem):
             fds, number = speedups.create_each(
                 paths, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _OPEN_FLAGS, _FILE_MODE, *(owner or (-1, -1))
             )
-            self._open_fds.update(fd for fd in fds if fd >= 0)
+            for fd in fds:
+                self._track_fd(fd)
         return fds, _os_error(number, *paths[len(fds) : len(fds) + 1])
 
     def close_each(self, fds: Sequence[int]) -> None:
         """As `SequentialBatchOps`."""
         with fork_lock.lock:
-            self._open_fds.difference_update(fds)
+            for fd in fds:
+                self._note_closed(fd)
             speedups.close_each(fds)
 
     def sync_directory(self, path: str) -> None:
