@@ -27,6 +27,7 @@ from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.ledger_entries import SealedEntry
 from pillarbox.store.reconciliation import reconcile
+from pillarbox.store.windows import WINDOW_BYTES
 from pillarbox.testing import RecordingSink
 from tests.conftest import event, wait_until
 from tests.delivery.worker_setup import QUICK_CONFIG, REJECTION, drain_worker, make_worker, remaining_files, seal_batch
@@ -130,6 +131,20 @@ def test_a_file_whose_rejects_exceed_a_limit_is_held_or_its_rejects_are_discarde
     drain_worker(worker)
     assert remaining_files(outbox_dir) == []
     assert (worker.counters.dead, worker.counters.discarded) == (12, 12)
+
+
+def test_a_file_whose_records_are_all_rejected_and_whose_last_window_has_none_is_deferred(outbox_dir: Directory) -> None:
+    """Its end is damaged. Another batch goes ahead, and then it becomes dead letters."""
+    lines = [record.line(payload) for payload in large_payloads(poison_every=1)]
+    first = b"".join(lines[: WINDOW_BYTES // len(lines[0])])
+    Path(outbox_dir.path_of(layout.sealed_name(1, "u"))).write_bytes(first + b"x" * len(lines[0]) + b"\n")
+    following = seal_batch(outbox_dir, 2, b'"next"')
+    sink = ByIndexSink()
+    worker = make_worker(outbox_dir, sink)
+    drain_worker(worker)
+    assert sink.calls.count(following) == 1
+    assert worker.state.name == "idle", worker.state
+    assert (worker.counters.dead, worker.counters.quarantined) == (first.count(b"\n"), 1)
 
 
 def test_a_large_file_that_is_wholly_rejected_waits_for_another_batch(outbox_dir: Directory) -> None:

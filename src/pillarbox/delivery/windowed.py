@@ -38,7 +38,7 @@ class WindowsResult(NamedTuple):
     """The result of one attempt."""
 
     end: WindowsEnd
-    last: SendResult  # of the last window that was sent
+    last: SendResult  # of the last window that was sent, or of the rejected one for which the file is deferred
     sent: SentBatch | None = None  # what must be settled, if all windows were sent
 
 
@@ -76,7 +76,7 @@ class WindowedSender:
     async def _send_windows(self, request: SendRequest, rejects: FileRejects) -> WindowsResult:
         (file,) = request.files
         accepted = duplicates = 0
-        verdict = Verdict.FINAL  # of the last window with rejected records
+        last_rejected: SendResult | None = None  # of the last window with rejected records
         while True:
             result = await self._sender.send(request)
             if result.verdict is None:
@@ -84,7 +84,7 @@ class WindowedSender:
             is_answered = bool(result.accepted) or len(result.rejected) == request.records
             if result.verdict is not Verdict.FINAL and not is_answered:
                 return WindowsResult(WindowsEnd.DEFERRED, result)
-            verdict = result.verdict if result.rejected else verdict
+            last_rejected = result if result.rejected else last_rejected
             accepted += result.accepted
             duplicates += result.duplicates
             delivered = DeliveredFile(file, accepted, duplicates, {}, rejects)
@@ -93,8 +93,8 @@ class WindowedSender:
                     letters = result.window_letters(self._sink_name, self._clock.micros()) if result.rejected else {}
                     self._settler.write_window(rejects, file.window, letters)
                 is_last = not request.has_next_window
-                if is_last and not accepted and verdict is not Verdict.FINAL:
-                    return WindowsResult(WindowsEnd.DEFERRED, result)
+                if is_last and not accepted and last_rejected is not None and last_rejected.verdict is not Verdict.FINAL:
+                    return WindowsResult(WindowsEnd.DEFERRED, last_rejected)
                 sent = SentBatch(request.batch, [delivered] if is_last else [])
                 if not is_last and not await self._can_continue(sent, result, request):
                     return WindowsResult(WindowsEnd.RETRY, result)
