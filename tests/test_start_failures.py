@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +120,23 @@ outbox.close()
 """
 
 
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder that every user can reach. Each run of pytest that begins closes the one of `tmp_path` to other users."""
+    path = Path(tempfile.mkdtemp(prefix="pillarbox-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
 @pytest.mark.skipif(os.getuid() != 0, reason="another user is needed, who has no other thread")
 @pytest.mark.parametrize("limit", [1, 2])
-def test_at_the_systems_limit_of_threads_nothing_is_accepted(tmp_path: Path, limit: int) -> None:
+def test_at_the_systems_limit_of_threads_nothing_is_accepted(reachable: Path, limit: int) -> None:
     """RLIMIT_NPROC counts the threads of the user."""
-    tmp_path.chmod(0o777)
-    for folder in tmp_path.parents[:3]:
-        folder.chmod(folder.stat().st_mode | 0o011)
     environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     user = 100_000 + os.getpid()  # of this test alone: the limit counts all threads of a user
     command = [sys.executable, "-c", UNDER_A_LIMIT, str(limit), str(user)]
-    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=reachable, env=environ, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "Dropped(reason='io_error') 0 False\n"), done.stderr
 
 
