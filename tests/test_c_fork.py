@@ -147,6 +147,7 @@ def test_nothing_gives_up_the_gil_before_the_interpreter_is_reset() -> None:
     is_over = threading.Event()
 
     def take_turns() -> None:
+        # wait: the thread gives up the GIL, and asks for it again at once
         while not is_over.wait(0.0001):
             next(turns)
 
