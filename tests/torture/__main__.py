@@ -21,7 +21,7 @@ SHARES: Final = {
 }  # of the time; slower destinations get more
 
 
-UNAVAILABLE: Final = "this machine has no surroundings of the kind"
+UNAVAILABLE: Final = "this machine cannot provide the environment"
 
 
 def say(text: object) -> None:
