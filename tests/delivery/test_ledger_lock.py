@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -13,13 +14,20 @@ from pathlib import Path
 import pytest
 
 from pillarbox import Outbox
+from pillarbox.clock import SystemClock
+from pillarbox.delivery.context import NamedSink
 from pillarbox.delivery.lease import read_heartbeat
+from pillarbox.delivery.worker import Worker
 from pillarbox.store import layout
+from pillarbox.store.directory import Directory
+from pillarbox.store.ledger import LedgerWriter
 from pillarbox.store.reconciliation import reconcile
+from pillarbox.testing import RecordingSink
 from tests.admin.prepared_outboxes import event_json, outbox_with_dead_letters
 from tests.cli.test_commands import NO_SEAL_BY_AGE, delivered_event_ids, event_line, run
 from tests.conftest import event, wait_until
 from tests.delivery.fanout_setup import balanced_totals, batch_files, enqueue_files, open_directory, stored_event_ids
+from tests.delivery.worker_setup import QUICK_CONFIG, drain_worker, seal_batch
 from tests.sinks.http_server import closed_port_url
 
 
@@ -139,6 +147,36 @@ def test_a_disk_that_refuses_the_ledger_holds_up_nothing(box: Path) -> None:
     assert (completed.returncode, batch_files(box)) == (1, [])
     assert b"1 ledger entry is lost, so that pillarbox verify may not balance" in completed.stderr
     assert len(delivered_event_ids(box.parent / "x.db")) == 4
+
+
+def test_on_a_full_disk_the_ledger_is_written_as_soon_as_one_file_of_a_group_is_deleted(
+    outbox_dir: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a kill while the others are deleted would lose the entries of all of them."""
+    steps: list[str] = []
+    ledger = LedgerWriter(outbox_dir, SystemClock())
+    for number in range(3):
+        seal_batch(outbox_dir, number, b'"event"')
+    sink = RecordingSink()
+    sink.capabilities = sink.capabilities._replace(deduplicates_by="event_id")  # so that files are settled in groups
+    remove, append = Directory.remove, LedgerWriter._append
+
+    def remove_and_note(directory: Directory, name: str) -> None:
+        steps.append("delete")
+        remove(directory, name)
+
+    def append_if_there_is_space(writer: LedgerWriter, *, sync: bool) -> bool:
+        if "delete" not in steps:
+            raise OSError(errno.ENOSPC, "no space")
+        steps.append("write")
+        return append(writer, sync=sync)
+
+    monkeypatch.setattr(Directory, "remove", remove_and_note)
+    monkeypatch.setattr(LedgerWriter, "_append", append_if_there_is_space)
+    worker = Worker(outbox_dir, NamedSink(sink, "test"), SystemClock(), QUICK_CONFIG, ledger=ledger)
+    drain_worker(worker)
+    assert worker.state.name == "idle"
+    assert steps == ["delete", "write", "delete", "delete"]
 
 
 def test_dead_letters_stay_while_the_ledger_is_locked(tmp_path: Path) -> None:

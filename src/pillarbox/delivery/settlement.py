@@ -174,12 +174,12 @@ class Settler:
         While another process holds the ledger's lock, the group waits: see `waits_for_ledger`.
         """
         group, self._group = self._group, []
+        is_rejected = False  # the disk is full: entries wait in memory until a deletion frees space
         try:
             if self._ledger is not None and (group or self._ledger.problem):
-                # On a full disk the entries stay in memory, and the deletions that free space go ahead.
-                outcome = self._ledger.write(sync=True)
+                outcome = self._write_ledger(self._ledger)
+                is_rejected = outcome is LedgerWrite.REFUSED
                 self.waits_for_ledger = bool(group) and outcome is LedgerWrite.LOCKED
-                self._show_ledger_problem(self._ledger.problem)
         except Exception as error:  # noqa: BLE001 - a defect must not keep the files locked forever
             while group:
                 self.hold_failed(group.pop().delivered, error)
@@ -201,6 +201,8 @@ class Settler:
             self.failures_in_row = 0
             if self._held_files.pop(file.name, None) is not None:
                 self._status.clear_warning(file.name)
+            if is_rejected and self._ledger is not None:  # a kill would lose the entries that wait
+                is_rejected = self._write_ledger(self._ledger) is LedgerWrite.REFUSED
         if group:
             with self.settlement_done.lock:  # once for the group: each notification can give the GIL to a waiting thread
                 self.settlement_done.notify_all()
@@ -216,11 +218,14 @@ class Settler:
                 self._directory.remove(locked_file.name)
             return self._directory.is_queued_elsewhere(locked_file)
 
-    def _show_ledger_problem(self, problem: str) -> None:
-        if problem:
-            self._status.warn(layout.LEDGER, problem)
+    def _write_ledger(self, ledger: LedgerWriter) -> LedgerWrite:
+        """Write what is buffered, and show in the state whether that fails."""
+        outcome = ledger.write(sync=True)
+        if ledger.problem:
+            self._status.warn(layout.LEDGER, ledger.problem)
         else:
             self._status.clear_warning(layout.LEDGER)
+        return outcome
 
     def abandon_group(self) -> None:
         """Release the files of a group that still waits for the ledger at the end. They stay on disk, and are sent again."""
