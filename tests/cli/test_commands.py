@@ -155,22 +155,16 @@ def test_deliver_once_reports_pending_batches_and_the_reason(tmp_path: Path) -> 
 
 def test_deliver_has_an_option_for_the_rate(tmp_path: Path) -> None:
     """The first batch is sent and the next would have to wait. An invalid rate is an error that names the allowed values."""
-    for first in (0, 100, 200):  # each command seals a batch
-        run(
-            "enqueue",
-            "-d",
-            "box",
-            cwd=tmp_path,
-            stdin=b"".join(map(event_line, range(first, first + 100))),
-            environ=NO_SEAL_BY_AGE,
-        )
+    for first in (0, 300, 600):  # each command seals a batch; two of these are too large for one call
+        lines = b"".join(map(event_line, range(first, first + 300)))
+        run("enqueue", "-d", "box", cwd=tmp_path, stdin=lines, environ=NO_SEAL_BY_AGE)
     assert len(list((tmp_path / "box").glob("sealed-*"))) == 3
     command = ("deliver", "-d", "box", "--sink", "sqlite:///events.db", "--once", "-q")
     invalid = run(*command, "--max-rate", "0", cwd=tmp_path)
     assert (invalid.returncode, b"max_rate" in invalid.stderr, b"events per second" in invalid.stderr) == (2, True, True)
     assert b"live_share" in run(*command, "--live-share", "2", cwd=tmp_path).stderr
     completed = run(*command, "--max-rate", "10", "--live-share", "0.5", "--timeout", "0.5", cwd=tmp_path)
-    assert (completed.returncode, len(delivered_event_ids(tmp_path / "events.db"))) == (1, 100)
+    assert (completed.returncode, len(delivered_event_ids(tmp_path / "events.db"))) == (1, 300)
 
 
 def test_check_reports_whether_a_destination_is_usable(tmp_path: Path) -> None:
