@@ -240,11 +240,12 @@ def test_lines_that_cannot_be_cut_off_are_an_io_error(tmp_path: Path, clock: Man
     assert pipeline.lines() == {"active": 2}
 
 
-def test_a_file_size_limit_counts_as_a_full_disk(pipeline: SealingWriter) -> None:
+def test_a_file_size_limit_counts_as_a_full_disk(outbox_dir: Directory, clock: ManualClock) -> None:
     """RLIMIT_FSIZE is set in a child process."""
-    pipeline.append()
     child = os.fork()
     if child == 0:
+        pipeline = SealingWriter(outbox_dir, clock)
+        pipeline.append()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2 * len(LINE) + 3, resource.RLIM_INFINITY))
         is_correct = pipeline.append(3) == [ENQUEUED, DROPPED["disk_full"], DROPPED["disk_full"]]
