@@ -32,7 +32,7 @@ from pillarbox.testing.crash import CrashFilesystem, Disk, Killed, Op, State
 from pillarbox.testing.durability_model import NAMES_MAX, DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.enumeration import ENDS
-from tests.crash.interleave import DELIVERY_CONFIG, OUTBOX_PATH, SimulatedEventLoop
+from tests.crash.interleave import DELIVERY_CONFIG, OUTBOX_PATH, run_until_drained
 from tests.crash.simulation import number_of, numbers_in, payload_of, steps_of
 
 LOCKS: Final = frozenset({layout.DELIVER_LOCK, layout.EVICT_LOCK, layout.LEDGER_LOCK})
@@ -78,12 +78,7 @@ class FanOutDestination(RecordingSink):
 def deliver(queue: Directory, sink: RecordingSink, clock: ManualClock, ledger: LedgerWriter) -> DeliveryCounters:
     """Run the real worker on a queue until nothing is pending."""
     worker = Worker(queue, NamedSink(sink, queue.sink), clock, DELIVERY_CONFIG, ledger=ledger)
-    worker.end()
-    loop = SimulatedEventLoop()
-    try:
-        loop.run_until_complete(worker.run())
-    finally:
-        loop.close()
+    run_until_drained(worker)
     return worker.counters
 
 

@@ -83,17 +83,21 @@ class SimulatedEventLoop(asyncio.BaseEventLoop):
         pass
 
 
-def deliver_once(
-    directory: Directory, sink: Sink, clock: Clock, on_release: Callable[[int], None] = lambda _bytes: None
-) -> None:
-    """Run the real delivery worker until nothing is pending, if it gets the lease: recover, send, settle."""
-    worker = Worker(directory, NamedSink(sink, "test"), clock, DELIVERY_CONFIG, DeliveryCallbacks(on_release))
+def run_until_drained(worker: Worker) -> None:
+    """Run the real delivery worker until nothing is pending."""
     worker.end()
     loop = SimulatedEventLoop()
     try:
         loop.run_until_complete(worker.run())
     finally:
         loop.close()
+
+
+def deliver_once(
+    directory: Directory, sink: Sink, clock: Clock, on_release: Callable[[int], None] = lambda _bytes: None
+) -> None:
+    """Run the real delivery worker until nothing is pending, if it gets the lease: recover, send, settle."""
+    run_until_drained(Worker(directory, NamedSink(sink, "test"), clock, DELIVERY_CONFIG, DeliveryCallbacks(on_release)))
 
 
 class InterleavedProcess:

@@ -23,7 +23,7 @@ from pillarbox.testing.crash import Disk, Killed, State
 from pillarbox.testing.durability_model import DurabilityModel
 from tests.crash.compiled_order import crash_filesystem
 from tests.crash.fanout import LOCKS, ROUNDS, FanOutDestination, FanOutProcess, _imbalance, links_of
-from tests.crash.interleave import DELIVERY_CONFIG, OUTBOX_PATH, SimulatedEventLoop
+from tests.crash.interleave import DELIVERY_CONFIG, OUTBOX_PATH, run_until_drained
 from tests.crash.simulation import kind_at
 
 EVENTS = 3
@@ -85,12 +85,7 @@ class RemovalWorld:
         directory = self.process.directory
         sink = NamedSink(FanOutDestination(self.disk, "single"), "single")
         worker = Worker(directory, sink, self.clock, DELIVERY_CONFIG, ledger=LedgerWriter(directory, self.clock))
-        worker.end()
-        loop = SimulatedEventLoop()
-        try:
-            loop.run_until_complete(worker.run())
-        finally:
-            loop.close()
+        run_until_drained(worker)
         return self.arrived()
 
     def arrived(self) -> set[int]:

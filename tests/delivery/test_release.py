@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DESCRIPTORS = Path("/proc/self/fd")
 OPEN_MAX = 800  # file descriptors of a worker; a process usually may have 1024
 
-pytestmark = pytest.mark.skipif(not DESCRIPTORS.exists(), reason="counts what /proc tells of open descriptors")
+pytestmark = pytest.mark.skipif(not DESCRIPTORS.exists(), reason="needs /proc, which lists open descriptors")
 
 
 def open_files(outbox_dir: Directory) -> list[str]:

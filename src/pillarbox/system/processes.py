@@ -35,9 +35,9 @@ class SystemProcess:
         actions: list[Any] = [
             (os.POSIX_SPAWN_DUP2, fd, INHERITED_FD + 1),
             (os.POSIX_SPAWN_DUP2, INHERITED_FD + 1, INHERITED_FD),
+            (os.POSIX_SPAWN_CLOSE, INHERITED_FD + 1),
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         ]
-        actions.append((os.POSIX_SPAWN_CLOSE, INHERITED_FD + 1))
-        actions.append((os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0))
         self.returncode: int | None = None
         self.pid: int = posix.posix_spawn(
             command[0], list(command), os.environ, file_actions=actions, setsid=True, setsigdef=_RESET_SIGNALS
