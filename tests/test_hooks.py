@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -266,7 +268,7 @@ def test_the_reported_drops_add_up_to_the_counts(tmp_path: Path, when_full: Any,
     for thread in threads:
         thread.start()
     many_enqueued.wait(60)
-    wait_until(lambda: "pillarbox-sealer" in reporting_threads)
+    wait_until(lambda: "pillarbox-hooks" in reporting_threads)
     outbox.close()
     closed.set()
     for thread in threads:
@@ -278,7 +280,7 @@ def test_the_reported_drops_add_up_to_the_counts(tmp_path: Path, when_full: Any,
 
 
 def test_drops_are_reported_within_a_second_even_if_nothing_is_sealed(tmp_path: Path) -> None:
-    """The sealer thread calls the hook, never the thread that called `enqueue`."""
+    """A thread of its own calls the hook, never the thread that called `enqueue`."""
     reported: list[tuple[str, int, str]] = []
     with Outbox(
         str(tmp_path / "outbox"),
@@ -288,20 +290,39 @@ def test_drops_are_reported_within_a_second_even_if_nothing_is_sealed(tmp_path: 
         for _ in range(3):
             outbox.enqueue("no event")  # type: ignore[arg-type]
         wait_until(lambda: sum(count for _, count, _ in reported) == 3)
-    assert {(reason, name) for reason, _, name in reported} == {("invalid", "pillarbox-sealer")}
+    assert {(reason, name) for reason, _, name in reported} == {("invalid", "pillarbox-hooks")}
 
 
-def test_drops_before_the_start_and_after_the_close_are_reported_at_once(tmp_path: Path) -> None:
+def test_an_on_drop_that_does_not_return_holds_up_nothing(tmp_path: Path) -> None:
+    """Events are sealed and dropped as before, and `close` waits for the hook only as long as it may."""
+    returns = threading.Event()
+    outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda *_: returns.wait(60), batch_size=1)
+    outbox.enqueue("no event")  # type: ignore[arg-type]
+    wait_until(lambda: any(thread.name == "pillarbox-hooks" for thread in threading.enumerate()))
+    for number in range(20):
+        assert outbox.enqueue(event(number))
+    wait_until(lambda: sum(path.read_bytes().count(b"\n") for path in (tmp_path / "outbox").glob("sealed-*")) == 20)
+    start = time.monotonic()
+    outbox.close(timeout=0.2)
+    assert time.monotonic() - start < 5
+    returns.set()
+
+
+def test_drops_without_a_start_and_after_the_close_are_reported_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At these times there is no sealer thread."""
     reported: list[tuple[str, int]] = []
     outbox = Outbox(str(tmp_path / "outbox"), on_drop=lambda reason, count: reported.append((reason, count)))
-    outbox.enqueue("no event")  # type: ignore[arg-type]
-    assert reported == [("invalid", 1)]
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox._sealer, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        assert outbox.enqueue(event(1)) == Dropped("io_error")
+        assert reported == [("io_error", 1)]
     assert outbox.enqueue(event(1))
     outbox.close()
     outbox.enqueue(event(2))
     outbox.enqueue_many([event(2), event(3)])
-    assert reported == [("invalid", 1), ("closed", 1), ("closed", 2)]
+    assert reported == [("io_error", 1), ("closed", 1), ("closed", 2)]
 
 
 def test_close_reports_the_last_drops(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from pillarbox.backpressure import FULL_REASONS
 from pillarbox.forks import process_id
 from pillarbox.log_records import write_waiting_records
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from pillarbox.clock import Clock
@@ -57,25 +58,70 @@ class RunnerLink:
 
 
 class DropReporter:
-    """Reports drops to `on_drop`."""
+    """Reports drops to `on_drop`: on the caller's thread, or for a thread of Pillarbox on one of its own.
+
+    That thread lives while there are drops to report. The hook may wait for whatever it likes: the thread that called `report`
+    seals segments, which must not wait.
+    """
 
     def __init__(self, hooks: Hooks, *, blocks_when_full: bool) -> None:
         self._hooks = hooks
         self.blocks_when_full = blocks_when_full  # false once the outbox is closed
+        self._lock = threads.RLock()
+        self._totals: dict[str, int] | None = None  # what the thread reports next
+        self._thread: threads.Thread | None = None
+        self._reported: dict[str, int] = {}  # totals of the last call from a thread of Pillarbox
 
     def report(self, totals: dict[str, int]) -> None:
         """Report the drops since the last report, by reason."""
+        if self._hooks.is_in_hook():
+            return
         if self.blocks_when_full:
             # Such a drop is subtracted before the next attempt to store the event. It stays only if the caller is cancelled.
             totals = {reason: total for reason, total in totals.items() if reason not in FULL_REASONS}
-        self._hooks.report_drops(totals)
+        if not threads.is_own_thread():
+            self._hooks.report_drops(totals)
+            return
+        if totals == self._reported:
+            return
+        with self._lock:
+            self._reported = self._totals = totals
+            if self._thread is not None:
+                return
+            self._thread = threads.Thread(target=self._run, name="pillarbox-hooks")
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system cannot start another thread; the next round tries again
+                self._thread, self._reported = None, {}
+
+    def wait(self, timeout: float) -> None:
+        """Wait until `on_drop` has returned, for at most `timeout` seconds."""
+        thread = self._thread
+        if thread is not None and not self._hooks.is_in_hook():
+            thread.join(timeout)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                totals, self._totals = self._totals, None
+                if totals is None:
+                    self._thread = None
+                    return
+            self._hooks.report_drops(totals)
 
 
 class BackgroundWork:
     """The parts of an outbox that run threads, and how to end them."""
 
     def __init__(
-        self, name: str, clock: Clock, sealer: Sealer, link: RunnerLink, committer: GroupCommitter, ledger: LedgerWriter
+        self,
+        name: str,
+        clock: Clock,
+        sealer: Sealer,
+        link: RunnerLink,
+        committer: GroupCommitter,
+        ledger: LedgerWriter,
+        drop_reporter: DropReporter,
     ) -> None:
         self.name = name
         self._clock = clock
@@ -83,6 +129,7 @@ class BackgroundWork:
         self._link = link
         self._committer = committer
         self._ledger = ledger
+        self._drop_reporter = drop_reporter
         self._process_id = process_id()
 
     def is_of_this_process(self) -> bool:
@@ -102,6 +149,12 @@ class BackgroundWork:
         if runner is not None:
             runner.notify()
             runner.stop(max(0.0, deadline - self._clock.monotonic()))
+        self._drop_reporter.wait(max(0.0, deadline - self._clock.monotonic()))
         self._committer.stop()
         write_waiting_records()
+        self._ledger.finish()
+
+    def record_last_drops(self) -> None:
+        """Record the drops in the ledger while no thread runs: the outbox never started, or it is closed."""
+        self._sealer.record_drops(is_last=True)
         self._ledger.finish()

@@ -174,10 +174,11 @@ class _NoEventType:
 class EventEncoder:
     """Turns events into records for one outbox in one process: `before_send`, checks, encoding.
 
-    Drops are counted by the writer. Why an event is invalid is logged, once for each reason.
+    Drops are counted by the writer, and reported once the outbox has started: `start` is called before a drop. Why an event is
+    invalid is logged, once for each reason.
     """
 
-    def __init__(self, settings: Settings, codec: Codec, writer: Writer, hooks: Hooks) -> None:
+    def __init__(self, settings: Settings, codec: Codec, writer: Writer, hooks: Hooks, start: Callable[[], object]) -> None:
         self._name = settings.directory
         self._enabled = settings.enabled
         self._raises_on_invalid = settings.on_invalid == "raise"
@@ -185,6 +186,7 @@ class EventEncoder:
         self._codec = codec
         self._writer = writer
         self._hooks = hooks
+        self._start = start
         self.encode = codec.encode
         self._logged_reasons: set[str] = set()
 
@@ -197,6 +199,7 @@ class EventEncoder:
             return event
         replacement = self._hooks.before_send(event)
         if replacement is None:
+            self._start()
             return self._writer.drop("filtered")
         if type(replacement) is not self._event_type:
             problem = f"returned a {type(replacement).__name__}; it must return a {self._event_type.__name__} or None"
@@ -255,6 +258,7 @@ class EventEncoder:
         if self._raises_on_invalid:
             raise error if isinstance(error, InvalidEventError) else InvalidEventError("event", text) from None
         self.log_invalid(text)
+        self._start()
         return self._writer.drop("invalid")
 
     def log_invalid(self, reason: str) -> None:

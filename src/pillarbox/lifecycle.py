@@ -21,6 +21,10 @@ EXIT_TIMEOUT_S: Final = 2.0  # time for the last deliveries of all outboxes toge
 class ManagedOutbox(Protocol):
     """The part of an `Outbox` that this module uses."""
 
+    @property
+    def _background(self) -> ManagedBackground:
+        """Its threads."""
+
     def _begin_close(self) -> bool:
         """Stop accepting events, and start to seal. Returns False if there is nothing to close."""
 
@@ -47,6 +51,9 @@ class ManagedBackground(Protocol):
 
     def end(self, timeout: float) -> None:
         """End the threads within `timeout` seconds."""
+
+    def record_last_drops(self) -> None:
+        """Record the drops while no thread runs."""
 
 
 class OutboxMeta(ABCMeta):
@@ -109,9 +116,12 @@ def _after_fork() -> None:
 def _at_exit() -> None:
     clock = SystemClock()
     deadline = clock.monotonic() + EXIT_TIMEOUT_S
-    closing = [outbox for outbox in list(_outboxes) if outbox._begin_close()]  # noqa: SLF001
+    outboxes = list(_outboxes)
+    closing = [outbox for outbox in outboxes if outbox._begin_close()]  # noqa: SLF001
     for outbox in closing:
         outbox._finish_close(max(0.0, deadline - clock.monotonic()))  # noqa: SLF001
+    for outbox in outboxes:  # events may be dropped after `close`
+        outbox._background.record_last_drops()  # noqa: SLF001
     for thread in _ending:
         thread.join(max(0.0, deadline - clock.monotonic()))
     abandon_blocked_handlers()

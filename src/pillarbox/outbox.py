@@ -17,7 +17,7 @@ from pillarbox.background import Activity, BackgroundWork, DropReporter, RunnerL
 from pillarbox.backpressure import FULL_REASONS, BlockWhenFull, RaiseWhenFull, check_event_loop, with_when_full
 from pillarbox.clock import Clock, SystemClock
 from pillarbox.codec import Codec, EventEncoder
-from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings
+from pillarbox.delivery.build import build_runner, build_sinks, check_delivery_settings, warn_of_volatile_sinks
 from pillarbox.delivery.runner import ONLY_SINK
 from pillarbox.delivery.settlement import DeliveryCallbacks
 from pillarbox.errors import ConfigurationError, DirectoryUnusableError
@@ -198,9 +198,11 @@ class Outbox(metaclass=OutboxMeta):
             ledger=self._ledger,
             uncounted_drops=FULL_REASONS if settings.when_full == "block" else (),
         )
-        self._background = BackgroundWork(self.name, self._clock, self._sealer, self._link, self._committer, self._ledger)
+        self._background = BackgroundWork(
+            self.name, self._clock, self._sealer, self._link, self._committer, self._ledger, self._drop_reporter
+        )
         self._directory.reclaim_space = partial(reclaim_space, self._directory, self._sealer.remove_spares)
-        self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks)
+        self._encoder = EventEncoder(settings, self._codec, self._writer, self._hooks, self._start)
         self._enqueue = self._compose_enqueue()
         self._shadow_enqueue()
         delivers = settings.enabled and self._delivers
@@ -320,10 +322,8 @@ class Outbox(metaclass=OutboxMeta):
 
     def _report_drops_without_sealer(self) -> None:
         """Report drops while the sealer thread is not running; never in the middle of an append."""
-        if self._hooks.has_on_drop and (self._closed or not self._started) and not self._writer.is_locked_by_this_thread():
-            with self._writer.lock:
-                totals = dict(self._writer.dropped)
-            self._drop_reporter.report(totals)
+        if (self._closed or not self._started) and not self._writer.is_locked_by_this_thread():
+            self._sealer.report_drops()
 
     async def enqueue_async(self, event: msgspec.Struct, *, durability: Durability | None = None) -> Outcome:
         """Store one event from a coroutine.
@@ -370,7 +370,7 @@ class Outbox(metaclass=OutboxMeta):
         answer = self._committer.start_commit(line, 1)
         if answer is None:
             reason = self._start_or_reason()
-            answer = self._committer.start_commit(line, 1) if reason is None else self._writer.drop(reason)
+            answer = self._committer.start_commit(line, 1) if reason is None else self._drop_unstored(reason, 1)
         return answer if answer is not None else self._writer.drop("closed")
 
     def _append_or_start(self, lines: bytes, events: int, *, power: bool) -> Outcome:
@@ -379,8 +379,14 @@ class Outbox(metaclass=OutboxMeta):
         outcome = append(lines, events)
         if outcome is None:
             reason = self._start_or_reason()
-            outcome = append(lines, events) if reason is None else self._writer.drop(reason, events)
+            outcome = append(lines, events) if reason is None else self._drop_unstored(reason, events)
         return outcome if outcome is not None else self._writer.drop("closed", events)
+
+    def _drop_unstored(self, reason: DropReason, events: int) -> Dropped:
+        """Drop events of an outbox that is closed or could not start, and whose sealer does not report them."""
+        dropped = self._writer.drop(reason, events)
+        self._report_drops_without_sealer()
+        return dropped
 
     def _resolve_power(self, durability: str) -> bool:
         if durability not in DURABILITIES:
@@ -393,13 +399,7 @@ class Outbox(metaclass=OutboxMeta):
         """Check, before the first event with "power", that the directory supports it; raises `DirectoryUnusableError`."""
         self._directory.check_power_durability()
         self._power_checked = True
-        advice = "set keep_delivered, so that `pillarbox redeliver` can deliver them again"
-        if self.settings.keep_delivered is not None:
-            advice = "`pillarbox redeliver` can deliver them again for as long as keep_delivered retains them"
-        for sink, display_name in self._sinks.values():
-            if sink.capabilities.survives != "power":
-                text = "%s: events survive a power loss here, but not at %s once they are delivered; %s"
-                log.warning(text, self.name, display_name, advice)
+        warn_of_volatile_sinks(self.settings, self._sinks)
 
     def _start_or_reason(self) -> DropReason | None:
         """Start the outbox if it is not started; returns None, or why an event must be dropped."""
@@ -415,6 +415,8 @@ class Outbox(metaclass=OutboxMeta):
     def _start(self) -> bool:
         """Count the pending batches and start the threads; False if that is impossible, and then nothing runs."""
         check_fork()
+        if self._started:
+            return True
         while self._is_starting and self._starter != threads.caller_id():  # another greenlet, which the lock does not stop
             threads.pause(_START_POLL_S)
         with self._start_lock:
@@ -543,6 +545,8 @@ class Outbox(metaclass=OutboxMeta):
             self._drop_reporter.blocks_when_full = False
         if self._started:
             self._background.request_end()
+        else:
+            self._background.record_last_drops()
         return self._started
 
     def _finish_close(self, timeout: float) -> None:
@@ -586,8 +590,7 @@ class Outbox(metaclass=OutboxMeta):
         self._filesystem.close_inherited()
         if was_forked_in_c():
             close_unknown_files(self._directory.path)
-        if not self._closed:
-            self._create_process_state()
+        self._create_process_state()
 
 
 _enqueue_method: Final = Outbox.enqueue

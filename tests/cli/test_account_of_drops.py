@@ -6,7 +6,10 @@ import json
 import logging
 import re
 import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -68,6 +71,38 @@ def test_drops_are_in_the_ledger_while_the_process_runs_and_bounded_in_rate(box:
     entries = dropped_entries(box)
     assert sum(entry.events for entry in entries) == total
     assert len(entries) <= 3
+
+
+@pytest.mark.parametrize("ending", ["close", "exit"])
+def test_drops_without_an_accepted_event_and_after_the_close_are_in_the_ledger(box: Path, ending: str) -> None:
+    """Invalid events alone, a start that fails, and events after `close`, also of a program that just exits."""
+    subprocess.run([sys.executable, "-c", _DROPS_WITHOUT_SEALER, str(box), ending], check=True, timeout=60)
+    recorded = Counter({"invalid": 0})
+    for entry in dropped_entries(box):
+        recorded[entry.reason] += entry.events
+    assert recorded == {"invalid": 3, "io_error": 2, "closed": 4}
+
+
+_DROPS_WITHOUT_SEALER: Final = """
+import sys
+from pillarbox import Outbox, TrackingEvent
+
+directory, ending = sys.argv[1:]
+invalid = Outbox(directory)
+for _ in range(3):
+    assert not invalid.enqueue("no event")
+unstarted = Outbox(directory)
+unstarted._sealer.start = lambda: (_ for _ in ()).throw(RuntimeError("can't start new thread"))
+closed = Outbox(directory)
+closed.flush()
+closed.close()
+for outbox, count in ((unstarted, 2), (closed, 4)):
+    for _ in range(count):
+        assert not outbox.enqueue(TrackingEvent(event_key="k", scope_kind="user", scope_id="1"))
+if ending == "close":
+    invalid.close()
+    unstarted.close()
+"""
 
 
 def test_drops_are_recorded_again_after_ten_seconds(outbox_dir: Directory, clock: ManualClock) -> None:

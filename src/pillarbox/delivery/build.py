@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from pillarbox.sinks.base import Sink
     from pillarbox.store.directory import Directory
     from pillarbox.store.ledger import LedgerWriter
+
+log = logging.getLogger("pillarbox")
 
 LocalRunner = ThreadRunner | FanOutRunner  # delivers in this process
 
@@ -57,6 +60,17 @@ def check_delivery_settings(settings: Settings, sink_objects: Mapping[str, Sink]
             advice = f"there is no Python to start (sys.executable is {sys.executable!r}); use 'thread' or 'external'"
             raise ConfigurationError("deliver", settings.deliver, "the call", advice)
         check_importable(settings)
+
+
+def warn_of_volatile_sinks(settings: Settings, sinks: Mapping[str, NamedSink]) -> None:
+    """Warn of sinks at which delivered events do not survive a power loss, of an outbox whose events do."""
+    advice = "set keep_delivered, so that `pillarbox redeliver` can deliver them again"
+    if settings.keep_delivered is not None:
+        advice = "`pillarbox redeliver` can deliver them again for as long as keep_delivered retains them"
+    for sink, display_name in sinks.values():
+        if sink.capabilities.survives != "power":
+            text = "%s: events survive a power loss here, but not at %s once they are delivered; %s"
+            log.warning(text, settings.directory, display_name, advice)
 
 
 def build_runner(

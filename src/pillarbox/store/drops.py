@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from pillarbox.store.ledger_entries import DroppedEntry
+from pillarbox.system import threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -21,6 +22,7 @@ log = logging.getLogger("pillarbox")
 
 QUIET_S: Final = 10.0  # without a drop for a reason, until its episode ends
 LEDGER_INTERVAL_S: Final = 10.0  # between two ledger entries for a reason
+_NOT_REPORTED: Final = "disabled"  # the application's own decision
 
 
 class _Episode(NamedTuple):
@@ -32,7 +34,7 @@ class _Episode(NamedTuple):
 
 
 class DropRecorder:
-    """Reports the drops of one writer.
+    """Reports the drops of one writer. Safe to share between threads, and with a signal handler.
 
     Args:
         path: The outbox directory, for the log.
@@ -62,13 +64,28 @@ class DropRecorder:
         self._recorded: dict[str, int] = {}
         self._recorded_at_s: dict[str, float] = {}
         self._episodes: dict[str, _Episode] = {}
+        self._lock = threads.RLock()
+        self._is_reporting = False
 
     def report(self, *, is_last: bool = False) -> bool:
-        """Report what was dropped since the last call; `is_last` at the end. Returns whether ledger entries were added."""
+        """Report what was dropped since the last call; `is_last` at the end. Returns whether ledger entries were added.
+
+        Does nothing in a signal handler that has interrupted another call.
+        """
+        with self._lock:
+            if self._is_reporting:
+                return False
+            try:
+                self._is_reporting = True
+                return self._report(is_last=is_last)
+            finally:
+                self._is_reporting = False
+
+    def _report(self, *, is_last: bool) -> bool:
         now_s, totals = self._clock.monotonic(), self._read_totals()
         added = False
         for reason, total in totals.items():
-            if reason in self._uncounted and not is_last:
+            if reason == _NOT_REPORTED or (reason in self._uncounted and not is_last):
                 continue
             self._log_episode(reason, total, now_s)
             added |= self._record(reason, total, now_s, is_last=is_last)

@@ -60,7 +60,8 @@ class LedgerWriter:
         self._clock = clock
         self._buffer: deque[LedgerEntry] = deque()
         self._lost = 0
-        self._buffer_lock = threads.Lock()  # never held during a system call
+        # Never held during a system call. Re-entrant, because a signal handler may drop an event.
+        self._buffer_lock = threads.RLock()
         self._unsynced = False  # entries were appended and not synced
         self._write_lock = threads.Lock()
         self._compact_at_bytes = COMPACT_BYTES

@@ -101,7 +101,8 @@ class _StartGate:
 class Sealer:
     """Seals what a `Writer` retires. `on_sealed()` is called from its thread after segments were sealed.
 
-    `on_drops(totals)` is called from it in every round and at the end, with the number of dropped events by reason.
+    `on_drops(totals)` is called from it in every round and at the end, with the number of dropped events by reason. It must not
+    wait for the application.
     `uncounted_drops` are reasons of drops that are taken back before the next attempt.
     """
 
@@ -246,8 +247,7 @@ class Sealer:
             problem = str(error)
             wait = _RETRY_S
         self._log_disk_state(problem)
-        self._report_drops()
-        self._call_on_drops()
+        self.report_drops()
         if self._ledger_behind:
             self._write_ledger()
             wait = min(wait, _RETRY_S)
@@ -285,8 +285,7 @@ class Sealer:
                 self._directory.filesystem.close(left.locked_file.fd)
         for file in empty:
             self._remove_empty(file)
-        self._report_drops(is_last=True)
-        self._call_on_drops()
+        self.report_drops(is_last=True)
 
     def remove_spares(self) -> bool:
         """Remove the spares of this process to free their inodes. Returns whether there were any."""
@@ -402,17 +401,23 @@ class Sealer:
         elif self._disk_log.is_over():
             log.error("%s: %s", self._directory.path, self._disk_log.describe_end())
 
-    def _report_drops(self, *, is_last: bool = False) -> None:
+    def report_drops(self, *, is_last: bool = False) -> None:
+        """Report what was dropped since the last report: in the ledger, in the log, and to `on_drops`.
+
+        Safe to call from any thread. Whoever drops an event calls it while the sealer's thread does not run.
+        """
+        self.record_drops(is_last=is_last)
+        if self._on_drops is not None:
+            self._on_drops(self._drop_totals())
+
+    def record_drops(self, *, is_last: bool = False) -> None:
+        """Report what was dropped since the last report in the ledger and in the log. Safe to call from any thread."""
         if self._drop_recorder.report(is_last=is_last):
             self._write_ledger()
 
     def _drop_totals(self) -> dict[str, int]:
         with self._writer.lock:  # while another thread holds it, a drop may be counted and uncounted
             return dict(self._writer.dropped)
-
-    def _call_on_drops(self) -> None:
-        if self._on_drops is not None:
-            self._on_drops(self._drop_totals())
 
 
 REQUEST_POLL_S: Final = 0.25  # how long a request may remain unnoticed while a writer has something to seal
