@@ -118,7 +118,7 @@ class LogRelay:
     """Calls log handlers on a helper thread, which lives while there are records."""
 
     def __init__(self) -> None:
-        self._lock = threads.Lock()
+        self._lock = threads.RLock()  # re-entrant: a signal handler may log while this thread queues a record
         self._waiting: deque[_WaitingRecord] = deque()
         self._is_running = False
         self.is_blocked = False  # a handler takes longer than `_HANDLER_TIMEOUT_S`

@@ -14,6 +14,7 @@ from typing import Final
 import pytest
 
 from pillarbox import Outbox
+from pillarbox.admin import backlog
 from pillarbox.admin.backlog import LedgerFacts
 from pillarbox.admin.status import read_status
 from pillarbox.clock import SystemClock
@@ -22,7 +23,7 @@ from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.drops import DropRecorder
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.ledger_entries import DroppedEntry, parse_ledger
+from pillarbox.store.ledger_entries import DroppedEntry, SealedEntry, parse_ledger
 from pillarbox.testing import ManualClock
 from tests.cli.test_commands import CLEAN, NO_SEAL_BY_AGE, PILLARBOX, event_line, run
 from tests.conftest import event, wait_until
@@ -103,6 +104,20 @@ if ending == "close":
     invalid.close()
     unstarted.close()
 """
+
+
+def test_of_a_large_ledger_the_latest_entries_are_read(
+    outbox_dir: Directory, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest ones say nothing about what is pending now."""
+    ledger = LedgerWriter(outbox_dir, clock)
+    for number in range(100):
+        ledger.add(SealedEntry(clock.micros(), f"batch-{number}", "w", number, 10))
+    assert ledger.write(sync=True)
+    monkeypatch.setattr(backlog, "_LEDGER_BYTES_MAX", 1000)
+    known = LedgerFacts(outbox_dir, clock.micros()).events_by_batch
+    assert 1 < len(known) < 20
+    assert known["batch-99"] == 99
 
 
 def test_drops_are_recorded_again_after_ten_seconds(outbox_dir: Directory, clock: ManualClock) -> None:

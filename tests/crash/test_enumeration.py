@@ -78,9 +78,10 @@ def sealing_syncs_no_data(patch: Patch) -> None:
 
 
 def written_files_have_no_durable_name(patch: Patch) -> None:
-    patch.setattr(
-        Directory, "write_atomically", lambda self, name, data: self.filesystem.close(self._write_and_rename(name, data).fd)
-    )
+    def write_atomically(self: Directory, name: str, data: bytes | Iterable[bytes]) -> None:
+        self.filesystem.close(self._write_and_rename(name, (data,) if isinstance(data, bytes) else data).fd)
+
+    patch.setattr(Directory, "write_atomically", write_atomically)
 
 
 def written_files_are_not_synced(patch: Patch) -> None:

@@ -91,9 +91,9 @@ def first_violation(scenario: Scenario, preemptions: int = 2, kills: int = 0) ->
 
 
 def test_recovery_without_a_lock_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes recover the same file."""
+    """One process seals again what another has sealed and delivered meanwhile."""
     monkeypatch.setattr(Directory, "lock_existing", open_without_lock)
-    assert "was delivered" in first_violation(interleave.two_writers_recover_the_same_segment, 1)
+    assert "was delivered" in first_violation(interleave.one_recovers_while_another_delivers, 1)
 
 
 def test_delivery_without_lease_and_locks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

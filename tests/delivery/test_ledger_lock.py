@@ -21,7 +21,8 @@ from pillarbox.delivery.worker import Worker
 from pillarbox.store import layout
 from pillarbox.store.directory import Directory
 from pillarbox.store.ledger import LedgerWriter
-from pillarbox.store.reconciliation import reconcile
+from pillarbox.store.ledger_entries import EvictedEntry, parse_ledger
+from pillarbox.store.reconciliation import reconcile, reconcile_queues
 from pillarbox.testing import RecordingSink
 from tests.admin.prepared_outboxes import event_json, outbox_with_dead_letters
 from tests.cli.test_commands import NO_SEAL_BY_AGE, delivered_event_ids, event_line, run
@@ -130,13 +131,42 @@ def test_nothing_is_evicted_while_the_ledger_is_locked(tmp_path: Path, caplog: p
             wait_until(lambda: "ledger.lock" in outbox._sealer.problem)
             assert outbox.stats().evicted == 0
         wait_until(lambda: outbox.stats().evicted > 0)
-        wait_until(lambda: not outbox._sealer.problem)
-        ends = [entry for entry in caplog.records if ": over after" in entry.message]
-        assert [entry.levelname for entry in ends] == ["ERROR"]
-        assert f"nothing can be evicted: another process holds {box}/ledger.lock" in ends[0].message
+
+        def ends() -> list[logging.LogRecord]:
+            return [entry for entry in caplog.records if ": over after" in entry.message]
+
+        wait_until(lambda: bool(ends()))
+        assert [entry.levelname for entry in ends()] == ["ERROR"]
+        assert f"nothing can be evicted: another process holds {box}/ledger.lock" in ends()[0].message
     report = reconcile(open_directory(box)).reconciliation
     assert report.balances, report
     assert report.total.evicted > 0
+
+
+def test_a_batch_is_evicted_only_from_queues_whose_ledger_can_be_written(tmp_path: Path) -> None:
+    """A ledger never has an eviction of a file that its queue still has."""
+    box = tmp_path / "box"
+    with Outbox(str(box), sinks=dict.fromkeys("ab", closed_port_url()), batch_size=1) as outbox:
+        enqueue_files(outbox, 10)
+        wait_until(lambda: len(batch_files(box / "sink-b")) == 10)
+    limits = {"when_full": "drop_oldest", "max_bytes": 5000, "min_free_bytes": 0}
+    with held(box / "sink-b"), Outbox(str(box), deliver="external", **limits) as outbox:  # type: ignore[arg-type]
+        wait_until(lambda: "sink-b/ledger.lock" in outbox._sealer.problem)
+        evicted, present = evicted_batches(box / "sink-a"), set(map(layout.batch_id, batch_files(box / "sink-a")))
+        assert evicted
+        assert not evicted & present
+        assert not evicted_batches(box / "sink-b")
+        assert outbox.stats().evicted == 0
+    with Outbox(str(box), deliver="external", **limits) as outbox:  # type: ignore[arg-type]
+        wait_until(lambda: outbox.stats().evicted > 0)
+    assert evicted_batches(box / "sink-b") >= evicted
+    assert all(report.balances for report in reconcile_queues(open_directory(box), reconcile(open_directory(box))).values())
+
+
+def evicted_batches(queue: Path) -> set[str]:
+    """The ids of the batches whose eviction a ledger has."""
+    entries, _ = parse_ledger((queue / layout.LEDGER).read_bytes())
+    return {entry.batch for entry in entries if isinstance(entry, EvictedEntry)}
 
 
 def test_a_disk_that_refuses_the_ledger_holds_up_nothing(box: Path) -> None:

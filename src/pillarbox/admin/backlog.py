@@ -20,16 +20,17 @@ from pillarbox.store.ledger_entries import (
     SealedEntry,
     SettledEntry,
     SummaryEntry,
-    parse_ledger,
 )
+from pillarbox.store.ledger_reader import read_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pillarbox.store.directory import Directory
+    from pillarbox.store.ledger_entries import LedgerEntry
 
 RATE_WINDOW_S: Final = 300.0  # long enough to contain seals: in an outage a segment is sealed once a minute
-_LEDGER_BYTES_MAX: Final = 32 * 2**20  # read of a ledger, which is compacted at 4 MiB
+_LEDGER_BYTES_MAX: Final = 32 * 2**20  # read of a ledger, at its end; it is compacted at 4 MiB
 _COUNTED_BYTES_MAX: Final = 64 * 2**20  # of files whose events are counted
 _EVENT_BYTES: Final = 300  # of a record, if no file was counted
 _ACTIVE_KINDS: Final = frozenset({Kind.ACTIVE, Kind.LEGACY_ACTIVE})
@@ -52,10 +53,7 @@ class LedgerFacts:
         self._in_bytes = self._out_bytes = 0
         self._span_s = 0.0
         since = now_micros - int(RATE_WINDOW_S * 1e6)
-        try:
-            entries, _ = parse_ledger(directory.read_small_file(layout.LEDGER, _LEDGER_BYTES_MAX))
-        except OSError:
-            return
+        entries = _read_latest_entries(directory)
         seen: set[DroppedEntry] = set()
         for entry in entries:
             match entry:
@@ -88,6 +86,22 @@ class LedgerFacts:
     def out_bytes_per_s(self) -> float:
         """Bytes per second that were settled or evicted in the last minutes."""
         return self._out_bytes / self._span_s if self._span_s >= 1 else 0.0
+
+
+def _read_latest_entries(directory: Directory) -> list[LedgerEntry]:
+    """The entries in the last bytes of a ledger; none if it cannot be read."""
+    filesystem = directory.filesystem
+    try:
+        fd = filesystem.open_existing(directory.path_of(layout.LEDGER))
+    except (OSError, FileUnusableError):
+        return []
+    try:
+        start = max(0, filesystem.size(fd) - _LEDGER_BYTES_MAX)
+        return [entry for part in read_parts(filesystem, fd, start) for entry in part.entries]
+    except OSError:
+        return []
+    finally:
+        filesystem.close(fd)
 
 
 class PendingEvents(msgspec.Struct, frozen=True):

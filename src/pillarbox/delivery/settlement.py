@@ -147,7 +147,7 @@ class Settler:
     def _settle_file(self, delivered: DeliveredFile) -> None:
         """Store the dead letters and damaged bytes of a file, then add it to the group."""
         try:
-            discarded = self._write_rejects_with_room(delivered)
+            discarded = self._directory.with_room(lambda: self._write_rejects(delivered), lambda: delivered.rejects is None)
         except QuarantineFullError as full:
             self.hold_without_space(delivered, full)
             return
@@ -332,15 +332,6 @@ class Settler:
         self._status.set_healthy("draining")
 
     # Dead letters and quarantine.
-
-    def _write_rejects_with_room(self, delivered: DeliveredFile) -> set[PurgedKind]:
-        """As `_write_rejects`. On a full volume, remove spares or retained batches for them, and write them again."""
-        try:
-            return self._write_rejects(delivered)
-        except OSError as error:
-            if delivered.rejects is not None or not self._directory.make_room(error):
-                raise
-        return self._write_rejects(delivered)
 
     def _write_rejects(self, delivered: DeliveredFile) -> set[PurgedKind]:
         """Write a file's dead letters and damaged bytes; return the kinds that are discarded for lack of space."""

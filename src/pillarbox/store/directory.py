@@ -6,7 +6,7 @@ import contextlib
 import errno
 import logging
 import uuid
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from pillarbox.errors import DirectoryUnusableError, FileUnusableError
 from pillarbox.store import layout
@@ -33,6 +33,8 @@ _SEALED_AT_MAX_MICROS: Final = 4_102_444_800_000_000
 _CREATE_ATTEMPTS_MAX: Final = (
     100  # consecutive attempts in which recovery was quicker to lock the new file; only locks that do not work take so many
 )
+T = TypeVar("T")
+
 OTHERS_MASK: Final = 0o077
 _COMPARE_BYTES: Final = 1 << 20  # bytes of each of two files that are in memory at a time
 VOLATILE_FILESYSTEMS: Final = frozenset({"tmpfs", "ramfs"})
@@ -546,6 +548,15 @@ class Directory:
         with contextlib.suppress(OSError):
             return (self.parent or self).reclaim_space()
         return False
+
+    def with_room(self, write: Callable[[], T], may_retry: Callable[[], bool] = lambda: True) -> T:
+        """Call `write`, and once more after a full volume if something less important could be deleted and `may_retry()`."""
+        try:
+            return write()
+        except OSError as error:
+            if not may_retry() or not self.make_room(error):
+                raise
+        return write()
 
     def remove(self, name: str) -> None:
         """Delete a file. It is no error if it is gone already."""

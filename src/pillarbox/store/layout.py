@@ -18,7 +18,7 @@ LEDGER: Final = "ledger.ndjson"
 LEDGER_LOCK: Final = "ledger.lock"
 ADMIN_LOCK: Final = "mend.lock"  # of commands that change dead letters, quarantine or retained batches
 # Created when a directory is opened: on a full volume they could not be created any more.
-CONTROL_FILES: Final = (DELIVER_LOCK, EVICT_LOCK, LEDGER_LOCK, LEDGER, ADMIN_LOCK)
+CONTROL_FILES: Final = (DELIVER_LOCK, EVICT_LOCK, LEDGER_LOCK, LEDGER, ADMIN_LOCK, SEAL_REQUEST)
 _MICROS_DIGITS: Final = 16  # microseconds since 1970: enough until the year 2286
 _DELIVERED: Final = "delivered-"
 _QUEUE: Final = "sink-"

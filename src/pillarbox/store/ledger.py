@@ -128,7 +128,7 @@ class LedgerWriter:
         if not self._buffer and not (sync and self._unsynced):
             return LedgerWrite.WRITTEN
         try:
-            is_written = self._append_with_room(sync=sync)
+            is_written = self._directory.with_room(lambda: self._append(sync=sync))
         except (OSError, FileUnusableError) as error:
             self._log_state_change(f"the ledger could not be written; its entries wait in memory: {error}")
             return LedgerWrite.REFUSED
@@ -146,15 +146,6 @@ class LedgerWriter:
             self._lock_missed_at_s = now_s
         if self._lock_timed_out or now_s - self._lock_missed_at_s >= _LOCKED_OUT_S:
             self._log_state_change(LOCKED_PROBLEM)
-
-    def _append_with_room(self, *, sync: bool) -> bool:
-        """As `_append`. On a full volume, remove spares or retained batches for the entries."""
-        try:
-            return self._append(sync=sync)
-        except OSError as error:
-            if not self._directory.make_room(error):
-                raise
-        return self._append(sync=sync)
 
     def _append(self, *, sync: bool) -> bool:
         """Append the buffer. False if another process holds the lock."""

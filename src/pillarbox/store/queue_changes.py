@@ -36,7 +36,7 @@ def request_queue(directory: Directory, sink: str) -> None:
 def create_requested_queue(directory: Directory, sink: str) -> list[str]:
     """Create the requested queue of a sink, with all pending batches of the outbox and of other queues. Returns their names.
 
-    After a crash, the next call starts again from the beginning.
+    After a crash or an `OSError`, the next call starts again from the beginning.
     """
     filesystem = directory.filesystem
     adding = directory.path_of(layout.adding_name(sink))
@@ -47,8 +47,12 @@ def create_requested_queue(directory: Directory, sink: str) -> list[str]:
                 continue
             try:
                 filesystem.link(source.path_of(name), f"{adding}/{name}")
-            except (FileNotFoundError, PermissionError):
-                del names[layout.batch_id(name)]  # just delivered or compressed, or owned by another user
+            except FileNotFoundError:
+                del names[layout.batch_id(name)]  # just delivered or compressed
+            except PermissionError:
+                if any(name == counted for counted, _ in filesystem.list_files(source.path)):
+                    raise
+                del names[layout.batch_id(name)]  # owned by another user
             except FileExistsError:
                 pass  # linked from another queue, or by an earlier attempt
     for name in list(filesystem.list_names(adding, ALL_NAMES)):

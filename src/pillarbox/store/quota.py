@@ -322,9 +322,10 @@ class QuotaEnforcer:
     def _remove_candidates(self, candidates: list[_EvictionCandidate], directories: Sequence[Directory]) -> None:
         """Write the ledgers' entries, then remove the batches. If there is no room for the entries, remove them anyway.
 
-        While another process holds a ledger's lock, nothing is removed. Raises `BlockingIOError` then.
+        While another process holds the ledger's lock of a directory, nothing is removed there. Raises `BlockingIOError` then.
         """
         now = self._clock.micros()
+        locked: list[Directory] = []
         for directory in directories if candidates and self._ledger is not None else ():
             ledger = self._ledger_of(directory)
             entries = [
@@ -335,12 +336,13 @@ class QuotaEnforcer:
             ledger.add(*entries)
             if ledger.write(sync=True) is LedgerWrite.LOCKED:
                 ledger.withdraw(entries)
-                lock_path = directory.path_of(layout.LEDGER_LOCK)
-                raise BlockingIOError(f"nothing can be evicted: another process holds {lock_path}")
+                locked.append(directory)
         while candidates:
             candidate = candidates.pop(0)
             try:
                 for directory in candidate.directories:
+                    if directory in locked:
+                        continue
                     # First remove the compressed copy of a process that died, because it would be delivered otherwise.
                     directory.remove(layout.compressed_name(candidate.name))
                     directory.remove(candidate.name)
@@ -351,10 +353,15 @@ class QuotaEnforcer:
                 continue
             finally:
                 self._close_candidate(candidate)
+            if any(directory in locked for directory in candidate.directories):
+                continue  # it is evicted there once the ledger can be written
             self.evicted_events += candidate.events
             self._writer.release_bytes(candidate.size)
             if self._eviction_log.is_new_problem("full"):
                 log.warning("%s: full; evicting the oldest events for new ones", self._directory.path)
+        if locked:
+            lock_path = locked[0].path_of(layout.LEDGER_LOCK)
+            raise BlockingIOError(f"nothing can be evicted: another process holds {lock_path}")
 
     def _ledger_of(self, directory: Directory) -> LedgerWriter:
         if directory is self._directory and self._ledger is not None:
