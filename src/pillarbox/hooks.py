@@ -1,6 +1,6 @@
 """Calls the hooks of an application. If one raises, the exception is logged and counted, and no event is lost.
 
-`before_send` runs on the caller's thread, `on_drop` on the sealer's thread (on the caller's while no sealer runs), and
+`before_send` runs on the caller's thread, `on_drop` on a thread of its own (on the caller's while no sealer runs), and
 `on_dead_letter` on the thread that delivers. While a hook runs, its thread calls no hook: an event that the hook enqueues is
 stored without `before_send`.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from pillarbox import forks
 from pillarbox._native import COMPILED
+from pillarbox.log_records import LogRelay
 from pillarbox.store import os_filesystem
 from pillarbox.store.os_filesystem import CompiledOsFilesystem, OsFilesystem
 from tests.store.test_interrupts import interrupt_at_next, run_and_interrupt
@@ -55,3 +57,17 @@ def test_an_interrupt_leaves_the_lock_that_a_fork_needs_free(tmp_path: Path, kin
     assert interrupts > opcodes // 2
     with contextlib.suppress(OSError):
         filesystem.close_inherited()
+
+
+def test_a_signal_handler_may_log_while_its_thread_queues_a_record() -> None:
+    """Otherwise it would wait for its own thread forever."""
+    relay, returned = LogRelay(), threading.Event()
+    record = logging.LogRecord("pillarbox.test", logging.INFO, __file__, 1, "from a signal handler", None, None)
+
+    def log_in_a_handler() -> None:
+        with relay._lock:  # as in the middle of `relay`
+            relay.relay(logging.getLogger("pillarbox.test"), record)
+        returned.set()
+
+    threading.Thread(target=log_in_a_handler, daemon=True).start()
+    assert returned.wait(60)
