@@ -215,6 +215,9 @@ with Outbox(box, sink=f"sqlite:///{report}.db", batch_size=2, flush_interval=0.0
                 pass
     assert outbox.enqueue(event(20))
     flushed = outbox.flush(60)
+    later = Outbox(f"{box}/later")
+    os.closerange(0, 3)  # also a program that runs already may do it
+    assert later.enqueue(event(21))
     paths = {}
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
