@@ -407,8 +407,9 @@ def test_a_directory_that_cannot_be_listed_is_logged_once_and_not_as_an_invalid_
         outbox = Outbox(str(tmp_path / "a"))
         patch.setattr(Directory, "disk_usage", disk_usage)
         assert [outbox.enqueue(event(number)) for number in range(3)] == [Dropped("io_error")] * 3
-    (line,) = [entry.getMessage() for entry in caplog.records]
-    assert "drops events until it can start: cannot list the directory: [Errno 5] Input/output error" in line
+    why, drops = [entry.getMessage() for entry in caplog.records]
+    assert "drops events until it can start: cannot list the directory: [Errno 5] Input/output error" in why
+    assert drops.endswith("a: dropping events: io_error")
     assert outbox.enqueue(event(4))
     outbox.close()
 
