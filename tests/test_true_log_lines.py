@@ -57,9 +57,10 @@ def test_an_outbox_that_cannot_start_says_what_is_wrong_with_its_directory(
     box.rmdir()
     box.write_bytes(b"")
     assert outbox.enqueue(event()).reason == "io_error"  # type: ignore[union-attr]  # mypy: it is `Dropped`
-    (entry,) = [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
+    entry, *others = [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
     assert "drops events until it can start" in entry.message
     assert "listed" not in entry.message
+    assert [other.message.partition("could not be written")[0][-11:] for other in others] == ["the ledger "]
     assert "box" in entry.message.partition("start: ")[2]
 
 

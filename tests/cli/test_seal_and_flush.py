@@ -210,6 +210,7 @@ def test_a_request_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> No
     """A symbolic link is not followed."""
     with writers(tmp_path) as (writer,):
         writer.store("a")
+        (tmp_path / "box" / layout.SEAL_REQUEST).unlink()
         (tmp_path / "box" / layout.SEAL_REQUEST).symlink_to(tmp_path / "elsewhere")
         completed = run("seal", "-d", "box", cwd=tmp_path)
         assert (completed.returncode, completed.stdout) == (2, b"")
