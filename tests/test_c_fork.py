@@ -94,9 +94,12 @@ import pillarbox
 
 outbox = pillarbox.Outbox("box", flush_interval=60, **json.loads(sys.argv[1]))
 assert outbox.enqueue(pillarbox.TrackingEvent(event_key="k", scope_kind="Site", scope_id="s"))
+reader, writer = os.pipe()
 child = ctypes.PyDLL(None).fork()
 if child == 0:
+    os.write(writer, b"-")
     signal.pause()
+os.read(reader, 1)  # the child runs, and so it has closed the files of its parent
 print(child, outbox.flush(20) if sys.argv[2] == "flush" else "", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
