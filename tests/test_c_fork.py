@@ -107,7 +107,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @contextmanager
 def idle_child(folder: Path, pure_python: str, sinks: dict[str, object], *, flush: bool) -> Iterator[str]:
-    """A child that waits, forked in C by a process that has stored an event and is killed then. Gives what `flush` returned."""
+    """A process stores an event, forks a child in C, and is killed. The child waits. Yields what `flush` returned."""
     environ = os.environ | {"PILLARBOX_PURE_PYTHON": pure_python}
     command = [sys.executable, "-c", IDLE_CHILD, json.dumps(sinks), "flush" if flush else ""]
     with subprocess.Popen(command, cwd=folder, env=environ, stdout=subprocess.PIPE, text=True) as process:
@@ -145,7 +145,7 @@ def test_a_child_forked_in_c_that_outlives_its_parent_holds_no_lock(tmp_path: Pa
 
 
 def test_nothing_gives_up_the_gil_before_the_interpreter_is_reset() -> None:
-    """In the child the threads that waited for it do not exist: who hands it to one of them waits for ever."""
+    """The threads that waited for it do not exist in the child, so none of them would give it back."""
     turns, interval = itertools.count(), sys.getswitchinterval()
     is_over = threading.Event()
 

@@ -58,10 +58,10 @@ class RunnerLink:
 
 
 class DropReporter:
-    """Reports drops to `on_drop`: on the caller's thread, or for a thread of Pillarbox on one of its own.
+    """Calls `on_drop`: on the caller's thread, or on a separate one if the caller is a thread of Pillarbox.
 
-    That thread lives while there are drops to report. The hook may wait for whatever it likes: the thread that called `report`
-    seals segments, which must not wait.
+    The caller is then the thread that seals segments, and it must not wait for the hook. The separate thread lives while there
+    are drops to report.
     """
 
     def __init__(self, hooks: Hooks, *, blocks_when_full: bool) -> None:
